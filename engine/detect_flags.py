@@ -1,0 +1,40 @@
+"""The flags of detect.py and prune_detect.py."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from utils.flags import Parser, add_device, add_run, add_size
+
+
+def add_detect_flags(p: Parser) -> None:
+    """YOLOv5's detection flags."""
+    p.add_argument("--weights", required=True, help="any checkpoint: ours, a pruned one, a YOLOv5 .pt")
+    p.add_argument("--cfg", default="", help="structure (.yaml or .cfg) if not the checkpoint's own")
+    p.add_argument("--source", default="data/images", help="image, video, folder, glob, .txt list, webcam number or stream")
+    add_size(p, None)
+    p.add_argument("--conf-thres", "--conf", type=float, default=0.25, help="smallest confidence")
+    p.add_argument("--iou-thres", type=float, default=0.45, help="IoU above which a box suppresses another")
+    p.add_argument("--max-det", type=int, default=1000, help="most detections per image")
+    add_device(p, workers=False)
+    p.add_argument("--view-img", action="store_true", help="show the results in a window")
+    p.add_argument("--save-txt", action="store_true", help="save labels")
+    p.add_argument("--save-conf", action="store_true", help="save confidences in the labels")
+    p.add_argument("--save-crop", action="store_true", help="save what the boxes enclose")
+    p.add_argument("--nosave", action="store_true", help="do not save images or videos")
+    p.add_argument("--classes", nargs="+", type=int, help="keep these classes only")
+    p.add_argument("--agnostic-nms", action="store_true", help="let boxes of different classes suppress each other")
+    p.add_argument("--half", action="store_true", help="float16 (CUDA only)")
+    p.add_argument("--line-thickness", type=int, default=3, help="pixels")
+    p.add_argument("--hide-labels", action="store_true")
+    p.add_argument("--hide-conf", action="store_true")
+    add_run(p, "runs/detect")
+
+
+def start(args: argparse.Namespace) -> None:
+    """Detect as the flags say. (torch is imported only now: `--help` is instant.)"""
+    from engine.predict import PredictOptions, predict
+
+    values: dict[str, Any] = vars(args)
+    predict(PredictOptions(**values | {"classes": tuple(args.classes) if args.classes else None}))

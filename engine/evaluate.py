@@ -1,0 +1,156 @@
+"""Evaluation by YOLOv5's protocol: predictions of a network over a loader -> precision, recall, mAP, speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.network import Network
+from utils.boxes import denormalise, scale_boxes, xywh_to_xyxy
+from utils.dataset import Batch, EpochLoader
+from utils.decode import decode
+from utils.device import Precision
+from utils.loss import DetectionLoss
+from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
+from utils.nms import non_max_suppression
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """YOLOv5's defaults for measuring mAP. `single_cls` makes every class 0 and suppression class-blind."""
+
+    conf_thres: float = 0.001
+    iou_thres: float = 0.6
+    max_det: int = 300
+    single_cls: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one evaluation. `speed_ms`: per image, of pre-processing, inference and NMS; `losses` (3,) where a loss was given."""
+
+    images: int
+    instances: int
+    result: APResult
+    confusion: ConfusionMatrix
+    speed_ms: dict[str, float]
+    losses: tuple[float, ...] = ()
+
+    @property
+    def fitness(self) -> float:
+        return fitness(self.result.map50, self.result.map)
+
+    def metrics(self) -> dict[str, float]:
+        """Precision, recall, mAP@.5, mAP@.5:.95 as plain numbers."""
+        r = self.result
+        return {"precision": float(r.mp), "recall": float(r.mr), "map50": float(r.map50), "map": float(r.map)}
+
+    def row(self, name: str = "all") -> str:
+        """The table row of YOLOv5."""
+        m = self.metrics()
+        return f"{name:>22}{self.images:>11}{self.instances:>11}" + "".join(f"{m[k]:>11.3g}" for k in ("precision", "recall", "map50", "map"))
+
+    def table(self, names: Sequence[str], verbose: bool) -> str:
+        """Header, the row of all classes and, if `verbose`, a row per class."""
+        lines = [HEADER, self.row()]
+        r = self.result
+        for i, c in enumerate(r.classes if verbose else ()):
+            values = (r.precision[i], r.recall[i], r.ap[i, 0], r.ap[i].mean())
+            lines.append(f"{names[c]:>22}{self.images:>11}{r.labels[i]:>11}" + "".join(f"{v:>11.3g}" for v in values))
+        return "\n".join(lines)
+
+
+HEADER = "".join(f"{h:>{w}}" for h, w in zip(("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95"), (22, 11, 11, 11, 11, 11, 11)))
+ImageSink = Callable[[Path, tuple[int, int], np.ndarray], None]
+BatchSink = Callable[[int, Batch, list[Tensor]], None]
+
+
+@dataclass
+class _Tally:
+    """What accumulates over the batches."""
+
+    confusion: ConfusionMatrix
+    correct: list[np.ndarray] = field(default_factory=list)
+    conf: list[np.ndarray] = field(default_factory=list)
+    predicted: list[np.ndarray] = field(default_factory=list)
+    true: list[np.ndarray] = field(default_factory=list)
+    images: int = 0
+    times: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    losses: Tensor | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    network: Network, loader: EpochLoader, precision: Precision, options: EvaluateOptions = EvaluateOptions(),
+    loss: DetectionLoss | None = None, on_image: ImageSink | None = None, on_batch: BatchSink | None = None,
+) -> Evaluation:  # fmt: skip
+    """Evaluate `network` (put into eval mode) on the loader's images.
+
+    `on_image(path, (height, width), detections (n, 6) in pixels of the original)` sees every image; `on_batch(index, batch,
+    detections in input pixels)` every batch; with `loss` the mean loss parts are measured too.
+    """
+    network.eval()
+    tally = _Tally(ConfusionMatrix(network.classes))
+    anchors = network.anchors.to(precision.device)
+    bar = tqdm(loader.epoch(0), total=len(loader), desc=HEADER, bar_format="{desc} {n_fmt}/{total_fmt}", disable=None if options.progress else True, leave=False)
+    for index, batch in enumerate(bar):
+        t0 = _now(precision)
+        images = precision.images(batch.images)
+        t1 = _now(precision)
+        with precision.autocast():
+            maps = network(images)
+        predictions = decode(maps, anchors, network.strides)
+        t2 = _now(precision)
+        detections = non_max_suppression(
+            predictions, options.conf_thres, options.iou_thres, multi_label=True, agnostic=options.single_cls, max_det=options.max_det
+        )
+        tally.times += (t1 - t0, t2 - t1, _now(precision) - t2)
+        if loss is not None:
+            parts = loss([m.float() for m in maps], batch.targets.to(precision.device))[1].cpu()
+            tally.losses = parts if tally.losses is None else tally.losses + parts
+        if on_batch:
+            on_batch(index, batch, detections)
+        _count(tally, batch, [d.cpu() for d in detections], options, on_image)
+    return _finish(tally, len(loader))
+
+
+def _now(precision: Precision) -> float:
+    if precision.device.type == "cuda":
+        torch.cuda.synchronize(precision.device)
+    return time.perf_counter()
+
+
+def _count(tally: _Tally, batch: Batch, detections: list[Tensor], options: EvaluateOptions, on_image: ImageSink | None) -> None:
+    """Match each image's detections with its labels, both in pixels of the original image."""
+    height, width = batch.images.shape[2:]
+    for i, (found, (shape, (gain, *pad)), path) in enumerate(zip(detections, batch.shapes, batch.paths)):
+        labels = batch.targets[batch.targets[:, 0] == i, 1:]
+        native = scale_boxes(xywh_to_xyxy(denormalise(labels[:, 1:], (height, width))), gain, tuple(pad), shape)
+        labels = np.concatenate([labels[:, :1].numpy(), native.numpy()], 1)
+        found = torch.cat([scale_boxes(found[:, :4], gain, tuple(pad), shape), found[:, 4:]], 1).numpy()
+        if options.single_cls:
+            found[:, 5], labels[:, 0] = 0, 0
+        tally.images += 1
+        tally.true.append(labels[:, 0])
+        tally.correct.append(match(found, labels))
+        tally.conf.append(found[:, 4])
+        tally.predicted.append(found[:, 5])
+        tally.confusion.add(found, labels)
+        if on_image:
+            on_image(path, shape, found)
+
+
+def _finish(tally: _Tally, batches: int) -> Evaluation:
+    true = np.concatenate(tally.true)
+    result = ap_per_class(np.concatenate(tally.correct), np.concatenate(tally.conf), np.concatenate(tally.predicted), true)
+    speed = dict(zip(("preprocess", "inference", "nms"), (tally.times / max(tally.images, 1) * 1e3).tolist()))
+    losses = tuple((tally.losses / batches).tolist()) if tally.losses is not None else ()
+    return Evaluation(tally.images, len(true), result, tally.confusion, speed, losses)

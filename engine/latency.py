@@ -1,0 +1,30 @@
+"""Latency of networks side by side: interleaved, so that a slow moment of the machine hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def latency_ms(networks: Mapping[str, nn.Module], imgsz: int, device: torch.device, repeats: int = 30, batch: int = 1) -> dict[str, float]:
+    """Median milliseconds of a forward pass of each network on one random (batch, 3, imgsz, imgsz) input, in turns, after a warm-up."""
+    images = torch.rand(batch, 3, imgsz, imgsz, device=device).contiguous(memory_format=torch.channels_last)
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    for round_ in range(repeats + 3):
+        for name, network in networks.items():
+            start = _now(device)
+            network(images)
+            if round_ >= 3:
+                times[name].append(_now(device) - start)
+    return {name: statistics.median(values) * 1e3 for name, values in times.items()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,153 @@
+"""The training loop. One loop, with typed seams called in a fixed order; nothing here knows flags, files or detection.
+
+Per batch: schedule -> objective -> backward; per optimizer step: unscale, clip, gradient terms, step, masks, EMA, masks on the EMA.
+Per epoch: transitions before it; evaluation of the EMA, then observers after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.ema import Ema
+from engine.seams import EpochRecord, Evaluator, Objective, Schedule, Seams
+from models.network import Network
+from utils.device import Precision
+from utils.errors import InputError
+from utils.log import LOGGER
+
+
+class TrainingBatch(Protocol):
+    """What the loop needs of a batch: (B, 3, H, W) uint8 images and (m, 6) targets."""
+
+    images: Tensor
+    targets: Tensor
+
+
+class EpochData(Protocol):
+    """Batches of any epoch, by number."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int) -> Iterator[TrainingBatch]: ...
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """`clip`: largest gradient norm (YOLOv5: 10); `evaluate_every_epoch`: otherwise only the last epoch is evaluated."""
+
+    epochs: int
+    clip: float = 10.0
+    evaluate_every_epoch: bool = True
+
+
+class Loop:
+    """Trains `network` in place and keeps its EMA. `run()` trains from `start_epoch` to `options.epochs`."""
+
+    def __init__(
+        self, network: Network, objective: Objective, optimizer: torch.optim.Optimizer, schedule: Schedule, data: EpochData,
+        evaluator: Evaluator, precision: Precision, options: LoopOptions, seams: Seams,
+    ) -> None:  # fmt: skip
+        self.network, self.objective, self.optimizer, self.schedule = network, objective, optimizer, schedule
+        self.data, self.evaluator, self.precision, self.options, self.seams = data, evaluator, precision, options, seams
+        self.ema = Ema(network)
+        self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales)
+        self.start_epoch = 0
+        self.best_fitness = -math.inf
+        self._last_step = -1
+        self._means = torch.zeros(len(objective.names))
+
+    def run(self) -> None:
+        """Train; observers see every epoch, and may stop it."""
+        for observer in self.seams.observers:
+            observer.train_start(self)
+        for epoch in range(self.start_epoch, self.options.epochs):
+            if self._epoch(epoch):
+                break
+        for observer in self.seams.observers:
+            observer.train_end(self)
+
+    def _epoch(self, epoch: int) -> bool:
+        for transition in self.seams.transitions:
+            transition.before_epoch(self, epoch)
+        losses = self._train_epoch(epoch)
+        rates = {f"x/lr{i}": group["lr"] for i, group in enumerate(self.optimizer.param_groups)}
+        last = epoch + 1 == self.options.epochs
+        fitness, metrics = self.evaluator(self.ema.network) if last or self.options.evaluate_every_epoch else (0.0, {})
+        is_best = fitness >= self.best_fitness
+        self.best_fitness = max(fitness, self.best_fitness)
+        record = EpochRecord(epoch, losses, metrics, rates, fitness, is_best)
+        return any([observer.epoch_end(self, record) for observer in self.seams.observers])
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        self.network.train()
+        self.optimizer.zero_grad()
+        self._last_step = epoch * len(self.data) - 1
+        self._means = torch.zeros(len(self.objective.names))
+        for index, batch in enumerate(self.data.epoch(epoch)):
+            images = self.precision.images(batch.images)
+            items = self._batch(epoch, index, images, batch.targets.to(images.device, non_blocking=True))
+            self._means += (items.cpu() - self._means) / (index + 1)
+            for observer in self.seams.observers:
+                observer.batch_end(self, index, batch.images, batch.targets, self._means)
+        return {f"train/{name}": float(v) for name, v in zip(self.objective.names, self._means)}
+
+    def _batch(self, epoch: int, index: int, images: Tensor, targets: Tensor) -> Tensor:
+        step = epoch * len(self.data) + index
+        accumulate = min(self.schedule.batch(step, epoch), len(self.data))
+        with self.precision.autocast():
+            loss, items = self.objective(self.network, images, targets)
+        if not bool(torch.isfinite(items).all()):
+            raise InputError(
+                f"the loss became {items.tolist()} in epoch {epoch + 1}, batch {index + 1}; training stopped, the last checkpoint is kept. "
+                "Lower lr0 in the hyp file (a tenth is a good start) or the sparsity strength"
+            )
+        self.scaler.scale(loss).backward()
+        if step - self._last_step >= accumulate:
+            self._optimizer_step()
+            self._last_step = step
+        return items
+
+    def _optimizer_step(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip, foreach=True)
+        for term in self.seams.terms:
+            term.add(self.network)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        for mask in self.seams.masks:
+            mask.apply(self.network)
+        self.ema.update(self.network)
+        for mask in self.seams.masks:
+            mask.apply(self.ema.network)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs besides the EMA's tensors: raw weights, optimizer, scaler, seams, counters."""
+        return {
+            "network": {k: v.cpu().clone() for k, v in self.network.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema_updates": self.ema.updates,
+            "best_fitness": self.best_fitness,
+            "seams": {name: seam.state_dict() for name, seam in self.seams.stateful().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], ema: dict[str, Tensor], epoch: int) -> None:
+        """Continue after `epoch` (0-based, finished) from `state_dict()`'s content and the EMA's tensors."""
+        self.network.load_state_dict(state["network"])
+        self.ema.network.load_state_dict(ema)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.ema.updates, self.best_fitness, self.start_epoch = state["ema_updates"], state["best_fitness"], epoch + 1
+        seams = self.seams.stateful()
+        if seams.keys() != state["seams"].keys():
+            raise InputError(f"--resume: the run was made with {sorted(state['seams'])}, this one has {sorted(seams)}; use the script and flags it was started with")
+        for name, seam in seams.items():
+            seam.load_state_dict(state["seams"][name])
+        LOGGER.info(f"resuming after epoch {epoch + 1}")

@@ -1,0 +1,252 @@
+"""Observers of the loop: progress, results.csv, TensorBoard, checkpoints, early stopping, pictures, and the gammas."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.loop import Loop
+from engine.seams import EpochRecord, Observer
+from models.checkpoint import Model, load_model, save_model
+from pruning.sparsity import SparsityTerm, advice, gammas, near_zero_share
+from utils import plots
+from utils.boxes import denormalise, xywh_to_xyxy
+from utils.files import write_text
+from utils.log import LOGGER
+
+CSV_WIDTH = 20
+
+
+class Progress(Observer):
+    """One bar per epoch with the running means of the loss parts, as YOLOv5 shows them."""
+
+    def __init__(self, batches: int, epochs: int, names: Sequence[str], imgsz: int) -> None:
+        self.batches, self.epochs, self.names, self.imgsz = batches, epochs, names, imgsz
+        self.bar: tqdm | None = None
+
+    def train_start(self, loop: Loop) -> None:
+        LOGGER.info("".join(f"{name:>14}" for name in ("Epoch", "GPU_mem", *self.names, "Instances", "Size")))
+        self._epoch = loop.start_epoch
+
+    def batch_end(self, loop: Loop, index: int, images: Tensor, targets: Tensor, items: Tensor) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=self.batches, bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}", mininterval=0.5)
+        memory = f"{torch.cuda.memory_reserved() / 1e9:.3g}G" if torch.cuda.is_available() else "0G"
+        head = f"{f'{self._epoch + 1}/{self.epochs}':>14}{memory:>14}"
+        self.bar.set_description_str(head + "".join(f"{v:>14.4g}" for v in items.tolist()) + f"{len(targets):>14}{images.shape[-1]:>14}", refresh=False)
+        self.bar.update()
+
+    def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar, self._epoch = None, record.epoch + 1
+        if record.metrics:
+            m = record.metrics
+            LOGGER.info(f"{'':>14}P {m['metrics/precision']:.3f}  R {m['metrics/recall']:.3f}  mAP50 {m['metrics/mAP_0.5']:.3f}  mAP50-95 {m['metrics/mAP_0.5:0.95']:.3f}")
+        return False
+
+
+class CsvLog(Observer):
+    """`results.csv` in YOLOv5's columns, one row per epoch; the file is rewritten whole, so an epoch never stands in it twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
+        values = {"epoch": record.epoch, **record.losses, **record.metrics, **record.rates}
+        rows = self.path.read_text(encoding="utf-8").splitlines()[1:] if record.epoch and self.path.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) < record.epoch]
+        header = ",".join(f"{name:>{CSV_WIDTH}}" for name in values)
+        rows.append(",".join(f"{v:>{CSV_WIDTH}.5g}" for v in values.values()))
+        write_text(self.path, "\n".join([header, *rows]) + "\n")
+        return False
+
+
+class TensorBoard(Observer):
+    """Scalars under YOLOv5's names. `writer` is shared with the observers that log histograms."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # heavy: TensorBoard pulls in a good deal
+
+        self.writer = SummaryWriter(str(folder))
+
+    def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
+        for name, value in {**record.losses, **record.metrics, **record.rates}.items():
+            self.writer.add_scalar(name, value, record.epoch)
+        self.writer.flush()
+        return False
+
+    def picture(self, name: str, path: Path) -> None:
+        """Log a PNG as an image."""
+        import cv2
+
+        image = cv2.imread(str(path))
+        if image is not None:
+            self.writer.add_image(name, np.ascontiguousarray(image[..., ::-1]), 0, dataformats="HWC")
+
+    def train_end(self, loop: Loop) -> None:
+        self.writer.close()
+
+
+@dataclass
+class Checkpoints(Observer):
+    """`weights/last.pt` every epoch, `best.pt` when the fitness equals its maximum, `epochN.pt` every `period`; stripped at the end.
+
+    best.pt is copied from last.pt after it, so it is never newer. `extra` are the model's hyp and options.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    imgsz: int
+    hyp: dict[str, Any]
+    options: dict[str, Any]
+    period: int = -1
+    save: bool = True
+    last: Path = field(init=False)
+    best: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
+
+    def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
+        final = record.epoch + 1 == loop.options.epochs
+        if not self.save and not final:
+            return False
+        model = Model(
+            loop.network.blocks, loop.ema.network.state_dict(), self.names, self.imgsz, record.epoch, loop.best_fitness, self.hyp,
+            self.options, loop.state_dict(),
+        )  # fmt: skip
+        save_model(self.last, model)
+        if record.is_best:
+            _copy(self.last, self.best)
+        if self.period > 0 and (record.epoch + 1) % self.period == 0:
+            _copy(self.last, self.folder / f"epoch{record.epoch + 1}.pt")
+        return False
+
+    def strip(self) -> None:
+        """Drop the state of training from last.pt and best.pt."""
+        for path in (self.last, self.best):
+            if path.exists():
+                model = load_model(path)
+                save_model(path, Model(model.blocks, model.state, model.names, model.imgsz, -1, model.best_fitness, model.hyp, model.options))
+
+
+def _copy(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
+class EarlyStopping(Observer):
+    """Asks to stop when `patience` epochs passed without a fitness at least equal to the best. 0: never."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.best, self.best_epoch = patience, 0.0, 0
+
+    def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
+        if record.fitness >= self.best:
+            self.best, self.best_epoch = record.fitness, record.epoch
+        stop = 0 < self.patience <= record.epoch - self.best_epoch
+        if stop:
+            LOGGER.info(f"stopping early: no better result in {self.patience} epochs; the best was epoch {self.best_epoch + 1}. --patience 0 turns this off")
+        return stop
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+
+
+class BatchPictures(Observer):
+    """`train_batch{0,1,2}.jpg`: the first three batches as the network sees them."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder, names
+
+    def batch_end(self, loop: Loop, index: int, images: Tensor, targets: Tensor, items: Tensor) -> None:
+        path = self.folder / f"train_batch{index}.jpg"
+        if index < 3 and not path.exists():
+            plots.plot_images(images.numpy(), boxes_of(images, targets), self.names, path)
+
+
+def boxes_of(images: Tensor, targets: Tensor) -> list[np.ndarray]:
+    """Targets (m, 6) of a batch as per-image arrays (n, 5): class, corners in pixels of the input."""
+    corners = xywh_to_xyxy(denormalise(targets[:, 2:], tuple(images.shape[2:])))
+    rows = torch.cat([targets[:, 1:2], corners], 1)
+    return [rows[targets[:, 0] == i].numpy() for i in range(len(images))]
+
+
+class GammaLog(Observer):
+    """What users compare to choose their sparsity strength: gamma histograms per epoch, overall (`bn_weights/hist`) and per layer, the share
+    near zero, the strength; advice in the log after a few epochs; and `gammas.png`, the distribution over the epochs."""
+
+    def __init__(self, paths: list[str], term: SparsityTerm | None, writer: Any | None, folder: Path) -> None:
+        self.paths, self.term, self.writer, self.folder = paths, term, writer, folder
+        self.history: list[np.ndarray] = []
+        self.shares: list[float] = []
+        self.fitness: list[float] = []
+        self.start = 0.0
+        self.advised = False
+
+    def train_start(self, loop: Loop) -> None:
+        layers = gammas(loop.network, self.paths)
+        if not self.history:
+            self.start = near_zero_share(layers)
+            self.history = [np.concatenate(layers)]
+            self._layers("before_train_perlayer_bn_weights", layers)
+
+    def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
+        layers = gammas(loop.network, self.paths)
+        share = near_zero_share(layers)
+        self.history.append(np.concatenate(layers))
+        self.shares.append(share)
+        self.fitness.append(record.fitness)
+        strength = self.term.strength if self.term else 0.0
+        LOGGER.info(f"{'':>14}gammas near zero: {share:.1%} of {len(self.history[-1])}, strength {strength:g}")
+        if self.writer:
+            self.writer.add_histogram("bn_weights/hist", self.history[-1], record.epoch, bins="doane")
+            for path, layer in zip(self.paths, layers):
+                self.writer.add_histogram(f"bn_weights_by_layer/{path}", layer, record.epoch)
+            self.writer.add_scalar("sparsity/near_zero_share", share, record.epoch)
+            self.writer.add_scalar("sparsity/sr", strength, record.epoch)
+        self._advise(loop, strength)
+        return False
+
+    def _advise(self, loop: Loop, strength: float) -> None:
+        if self.term is None or not self.term.options.strength or self.advised:
+            return
+        text = advice(self.shares, self.fitness, self.start, loop.options.epochs, self.term.options.strength)
+        if text:
+            LOGGER.info(text)
+            self.advised = True
+
+    def _layers(self, tag: str, layers: list[np.ndarray]) -> None:
+        for i, layer in enumerate(layers if self.writer else ()):
+            self.writer.add_histogram(f"{tag}/hist", layer, i, bins="doane")
+
+    def train_end(self, loop: Loop) -> None:
+        self._layers("after_train_perlayer_bn_weights", gammas(loop.network, self.paths))
+        if len(self.history) > 1:
+            plots.plot_gamma_history(self.history, [self.start, *self.shares], self.folder / "gammas.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": [torch.from_numpy(g.copy()) for g in self.history], "shares": self.shares, "fitness": self.fitness,
+            "start": self.start, "advised": self.advised,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = [g.numpy() for g in state["history"]]
+        self.shares, self.fitness = list(state["shares"]), list(state["fitness"])
+        self.start, self.advised = state["start"], state["advised"]
+
+

@@ -1,0 +1,108 @@
+"""The typed seams of the training loop. The loop calls each at one fixed place (see `engine/loop.py`); all are plain objects.
+
+Seams with state have `state_dict`/`load_state_dict` and become part of the checkpoint, so training 2 epochs equals training 1 and
+resuming 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from models.network import Network
+
+if TYPE_CHECKING:
+    from engine.loop import Loop
+
+
+class Objective(Protocol):
+    """What is minimised. `names` are the logged parts, in order."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, network: Network, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) images in 0..1 and (m, 6) targets -> the scalar loss and its detached parts (len(names),)."""
+
+
+class GradientTerm(Protocol):
+    """Adds to gradients once per optimizer step, after unscaling and clipping and before the step."""
+
+    def add(self, network: Network) -> None: ...
+
+
+class ParamMask(Protocol):
+    """Re-imposes a constraint on parameters after each step, and on the EMA after its update."""
+
+    def apply(self, network: Network) -> None: ...
+
+
+class Schedule(Protocol):
+    """Sets learning rates and momentum before every batch."""
+
+    def batch(self, step: int, epoch: int) -> int:
+        """Called with the number of batches so far; returns how many batches to accumulate for one optimizer step."""
+
+
+class Evaluator(Protocol):
+    """Measures the network after an epoch."""
+
+    def __call__(self, network: Network) -> tuple[float, dict[str, float]]:
+        """Return the fitness and the metrics to log."""
+
+
+class Transition(Protocol):
+    """The only seam that may change structure, EMA or AMP, between epochs."""
+
+    def before_epoch(self, loop: Loop, epoch: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What an epoch gave: mean loss parts, metrics of the EMA network, learning rates by group, fitness, and whether it is the best."""
+
+    epoch: int
+    losses: Mapping[str, float]
+    metrics: Mapping[str, float]
+    rates: Mapping[str, float]
+    fitness: float
+    is_best: bool
+
+
+class Observer:
+    """Reads and logs; never writes to the model. Every method may be overridden; the defaults do nothing."""
+
+    def train_start(self, loop: Loop) -> None: ...
+
+    def batch_end(self, loop: Loop, index: int, images: Tensor, targets: Tensor, items: Tensor) -> None: ...
+
+    def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
+        """Return True to ask the loop to stop after this epoch."""
+        return False
+
+    def train_end(self, loop: Loop) -> None: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A seam whose state belongs in the checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Seams:
+    """The loop's optional seams; `stateful()` names those that the checkpoint carries."""
+
+    terms: list[GradientTerm] = field(default_factory=list)
+    masks: list[ParamMask] = field(default_factory=list)
+    transitions: list[Transition] = field(default_factory=list)
+    observers: list[Observer] = field(default_factory=list)
+
+    def stateful(self) -> dict[str, Stateful]:
+        every = [*self.terms, *self.masks, *self.transitions, *self.observers]
+        return {f"{type(seam).__name__}.{i}": seam for i, seam in enumerate(every) if isinstance(seam, Stateful)}

@@ -1,0 +1,268 @@
+"""A training session: from options to a finished run folder. What the three training scripts share; the loop itself is `engine/loop.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from engine.evaluate import EvaluateOptions, evaluate
+from engine.loop import Loop, LoopOptions
+from engine.objectives import DetectionObjective, DistillationObjective, DistillOptions
+from engine.observers import BatchPictures, Checkpoints, CsvLog, EarlyStopping, GammaLog, Progress, TensorBoard
+from engine.optim import build_optimizer
+from engine.options import TrainOptions
+from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
+from engine.schedule import ScheduleOptions, YoloSchedule, warmup_batches
+from engine.seams import Objective, Seams
+from models.blocks import Blocks, flops, parameters, strides
+from models.cfg import read_cfg_text, write_cfg
+from models.checkpoint import Model, load_model, read_structure, transfer
+from models.network import Network, fuse, init_detect_biases, replace_anchors
+from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised
+from utils import plots
+from utils.anchors import autoanchor, label_sizes
+from utils.augment import AugmentOptions
+from utils.data_config import DataConfig, read_data
+from utils.dataset import DatasetOptions, DetectionDataset, EpochLoader, make_loader
+from utils.device import Precision, select_device, training_precision, worker_count
+from utils.errors import InputError
+from utils.files import make_folder, run_folder, write_text
+from utils.flags import multiple
+from utils.hyp import read_hyp
+from utils.labels import LabelSet, scan_labels
+from utils.log import LOGGER
+from utils.loss import DetectionLoss, LossOptions
+
+
+@dataclass(frozen=True)
+class _Data:
+    config: DataConfig
+    names: tuple[str, ...]
+    train: LabelSet
+    val: LabelSet
+    imgsz: int
+
+    @property
+    def nc(self) -> int:
+        return len(self.names)
+
+
+def train(options: TrainOptions) -> Path:
+    """Train as `options` say, in a new run folder; return the folder. Raises `InputError` before anything is written where an input is wrong."""
+    folder = run_folder(options.project, options.name, options.exist_ok)
+    return _train(options, folder, None)
+
+
+def resume(path: str | Path, device: str = "", workers: int | None = None) -> Path:
+    """Continue the run whose `last.pt` is `path` (empty: the newest run under runs/train) after its last finished epoch."""
+    last = Path(path) if path else _newest_checkpoint()
+    model = load_model(last)
+    if model.training is None:
+        raise InputError(f"--resume: {last} is finished (its training state is stripped); start a new run with --weights {last}")
+    known = {f.name for f in fields(TrainOptions)}
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in model.options.items() if k in known}
+    options = replace(TrainOptions(**saved), device=device or saved["device"], workers=saved["workers"] if workers is None else workers)
+    return _train(options, last.parent.parent, model)
+
+
+def _newest_checkpoint() -> Path:
+    found = sorted(Path("runs").glob("**/weights/last.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError("--resume: no runs/**/weights/last.pt is here; give the path of a last.pt")
+    return found[-1]
+
+
+def _train(options: TrainOptions, folder: Path, resumed: Model | None) -> Path:
+    device = select_device(options.device)
+    hyp = resumed.hyp if resumed else read_hyp(options.hyp) | ({"label_smoothing": options.label_smoothing} if options.label_smoothing else {})
+    torch.manual_seed(options.seed + 1)
+    blocks, state = (resumed.blocks, None) if resumed else _structure(options)
+    data = _read_data(options, max(32, max(strides(blocks))))
+    if not resumed:
+        blocks = _for_data(blocks, data, hyp, options)
+    network = _network(blocks, state, options)
+    precision = training_precision(device, options.amp)
+    network.to(device, memory_format=torch.channels_last)
+    loop, seams_folder = _assemble(network, data, hyp, options, precision, folder)
+    if resumed:
+        loop.load_state_dict(resumed.training, resumed.state, resumed.epoch)
+    _prepare_folder(folder, options, hyp, data)
+    LOGGER.info(f"training {len(data.train)} images, validating {len(data.val)}, {data.imgsz} px, {precision_text(precision)}; results go to {folder}")
+    try:
+        loop.run()
+    except KeyboardInterrupt:
+        LOGGER.info(f"interrupted; the last finished epoch is kept. Continue with --resume {seams_folder.last}")
+        raise
+    return _finish(seams_folder, data, options, precision, folder)
+
+
+def precision_text(precision: Precision) -> str:
+    """The precision as a log line says it."""
+    name = "float32" if precision.autocast_dtype is None else f"{precision.autocast_dtype}".removeprefix("torch.") + " autocast"
+    return f"{precision.device}, {name}"
+
+
+def _structure(options: TrainOptions) -> tuple[Blocks, dict | None]:
+    """The structure to train, with its own number of classes, and the tensors to start from."""
+    if options.strict:
+        model = load_model(options.weights, options.cfg or None)
+        return model.blocks, model.state
+    if options.weights:
+        model = load_model(options.weights)
+        return (read_structure(options.cfg) if options.cfg else model.blocks), model.state
+    if not options.cfg:
+        raise InputError("give --weights (a checkpoint to start from), --cfg (a model yaml or cfg to train from scratch), or both")
+    return read_structure(options.cfg), None
+
+
+def _read_data(options: TrainOptions, stride: int) -> _Data:
+    config = read_data(options.data)
+    names = ("item",) if options.single_cls else config.names
+    imgsz = multiple(options.imgsz, stride)
+    if imgsz != options.imgsz:
+        LOGGER.info(f"--imgsz {options.imgsz} is raised to {imgsz}, a multiple of {stride}")
+    return _Data(config, names, scan_labels(config.train, config.nc), scan_labels(config.val, config.nc), imgsz)
+
+
+def _for_data(blocks: Blocks, data: _Data, hyp: dict[str, float], options: TrainOptions) -> Blocks:
+    """Set the number of classes to the data's, and fit the anchors unless `--noautoanchor`."""
+    if any(b.classes != data.nc for b in blocks if b.kind == "yolo"):
+        blocks = read_cfg_text(write_cfg(blocks), "model", data.nc)
+    if options.noautoanchor:
+        return blocks
+    heads = sorted((b for b in blocks if b.kind == "yolo"), key=lambda b: b.level)
+    wh = label_sizes(list(data.train.labels), data.train.sizes, data.imgsz, options.seed)
+    found = autoanchor(np.array([b.anchors for b in heads]), wh, hyp["anchor_t"], options.seed)
+    return replace_anchors(blocks, [[(float(w), float(h)) for w, h in level.astype(np.float32)] for level in found])
+
+
+def _network(blocks: Blocks, state: dict | None, options: TrainOptions) -> Network:
+    network = Network(blocks)
+    init_detect_biases(network)
+    if state is not None:
+        LOGGER.info(f"{transfer(state, network, skip_anchors=True)} from {options.weights}")
+    frozen = range(options.freeze[0]) if len(options.freeze) == 1 else options.freeze
+    for name, parameter in network.named_parameters():
+        if any(name.startswith(f"model.{i}.") for i in frozen):
+            parameter.requires_grad_(False)
+    LOGGER.info(f"{len(blocks) - 1} blocks, {sum(parameters(blocks)):,} parameters, {sum(flops(blocks)) / 1e9:.3f} GFLOPs at 640 px")
+    return network
+
+
+def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, stride: int) -> tuple[EpochLoader, EpochLoader]:
+    augment = AugmentOptions.from_hyp(hyp)
+    common = DatasetOptions(data.imgsz, stride=stride, cache=options.cache, single_cls=options.single_cls, seed=options.seed)
+    training = replace(common, augment=augment, rect=options.rect, batch_size=options.batch_size)
+    validation = replace(common, rect=True, pad=0.5, batch_size=2 * options.batch_size)
+    workers = worker_count(options.workers)
+    pin = torch.cuda.is_available()
+    return (
+        make_loader(DetectionDataset(data.train, training), workers, shuffle=True, pin_memory=pin),
+        make_loader(DetectionDataset(data.val, validation), workers, pin_memory=pin),
+    )
+
+
+def _assemble(network: Network, data: _Data, hyp: dict, options: TrainOptions, precision: Precision, folder: Path) -> tuple[Loop, Checkpoints]:
+    """Build the loop and its seams."""
+    train_loader, val_loader = _loaders(data, hyp, options, network.max_stride)
+    loss = DetectionLoss(network.anchors, network.strides, data.nc, data.imgsz, LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)}))
+    objective = _objective(loss, options, precision, network)
+    accumulate = max(round(hyp["nbs"] / options.batch_size), 1)
+    decay = hyp["weight_decay"] * options.batch_size * accumulate / hyp["nbs"]
+    optimizer = build_optimizer(network, options.optimizer, hyp["lr0"], hyp["momentum"], decay)
+    schedule = YoloSchedule(optimizer, ScheduleOptions(
+        options.epochs, hyp["lr0"], hyp["lrf"], hyp["momentum"], warmup_batches(hyp["warmup_epochs"], len(train_loader), int(hyp["warmup_min_batches"])),
+        hyp["warmup_momentum"], hyp["warmup_bias_lr"], accumulate, options.cos_lr,
+    ))  # fmt: skip
+    seams, checkpoints = _seams(network, data, hyp, options, folder, len(train_loader), objective)
+    evaluator = _evaluator(val_loader, precision, options, loss)
+    loop_options = LoopOptions(options.epochs, evaluate_every_epoch=not options.noval)
+    return Loop(network, objective, optimizer, schedule, train_loader, evaluator, precision, loop_options, seams), checkpoints
+
+
+def _objective(loss: DetectionLoss, options: TrainOptions, precision: Precision, student: Network) -> Objective:
+    if not options.teacher:
+        return DetectionObjective(loss)
+    model = load_model(options.teacher, options.teacher_cfg or None)
+    teacher = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
+    if (teacher.classes, teacher.strides, teacher.anchors.shape) != (student.classes, student.strides, student.anchors.shape):
+        raise InputError(
+            f"--t_weight {options.teacher}: the teacher has {teacher.classes} classes at strides {teacher.strides}, the student {student.classes} at "
+            f"{student.strides}; distillation compares their outputs cell by cell, so use a teacher trained on the same classes"
+        )
+    if not torch.allclose(teacher.anchors, student.anchors):
+        LOGGER.info("the teacher's anchors differ from the student's; each is decoded with its own")
+    return DistillationObjective(loss, teacher, DistillOptions(weight=options.distill_weight))
+
+
+def _evaluator(loader: EpochLoader, precision: Precision, options: TrainOptions, loss: DetectionLoss) -> Callable:
+    def run(network: Network) -> tuple[float, dict[str, float]]:
+        evaluation = evaluate(network, loader, precision, EvaluateOptions(single_cls=options.single_cls), loss)
+        m = evaluation.metrics()
+        names = {"precision": "metrics/precision", "recall": "metrics/recall", "map50": "metrics/mAP_0.5", "map": "metrics/mAP_0.5:0.95"}
+        logged = {names[k]: v for k, v in m.items()}
+        return evaluation.fitness, logged | dict(zip(("val/box_loss", "val/obj_loss", "val/cls_loss"), evaluation.losses))
+
+    return run
+
+
+def _seams(
+    network: Network, data: _Data, hyp: dict, options: TrainOptions, folder: Path, batches: int, objective: Objective
+) -> tuple[Seams, Checkpoints]:
+    """Observers in order: what has state comes before the checkpoint that saves it."""
+    board = TensorBoard(folder)
+    checkpoints = Checkpoints(folder / "weights", data.names, data.imgsz, hyp, asdict(options), options.save_period, not options.nosave)
+    observers = [Progress(batches, options.epochs, objective.names, data.imgsz), BatchPictures(folder, data.names), CsvLog(folder / "results.csv"), board]
+    seams = Seams()
+    if options.sr is not None:
+        term = _sparsity(network.blocks, hyp, options)
+        seams.terms.append(term)
+        seams.transitions.append(term)
+        paths = penalised(network.blocks, shortcuts=options.prune == 1)
+        observers.append(GammaLog(paths, term, board.writer, folder))
+    observers += [EarlyStopping(options.patience), checkpoints]
+    seams.observers.extend(observers)
+    return seams, checkpoints
+
+
+def _sparsity(blocks: Blocks, hyp: dict, options: TrainOptions) -> SparsityTerm:
+    paths = penalised(blocks, shortcuts=options.prune == 1)
+    same = equivalent_scale(options.sr, options.batch_size, hyp["nbs"])
+    LOGGER.info(
+        f"sparsity: {len(paths)} batch norms penalised (--prune {options.prune}), strength {options.sr:g} per optimizer step"
+        + (", decaying to a tenth" if options.sr_decay else "")
+        + f"; in the predecessors this is --scale {same:g} at batch {options.batch_size}"
+    )
+    return SparsityTerm(paths, SparsityOptions(options.sr, options.sr_decay, options.beta_sr), options.epochs)
+
+
+def _prepare_folder(folder: Path, options: TrainOptions, hyp: dict[str, float], data: _Data) -> None:
+    make_folder(folder / "weights")
+    saved = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
+    write_text(folder / "opt.yaml", yaml.safe_dump(saved, sort_keys=False))
+    write_text(folder / "hyp.yaml", yaml.safe_dump(hyp, sort_keys=False))
+    if not (folder / "labels.jpg").exists():
+        plots.plot_labels(np.concatenate(data.train.labels), data.names, folder / "labels.jpg")
+
+
+def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precision: Precision, folder: Path) -> Path:
+    """Strip the checkpoints, evaluate the best once more with pictures, and say where everything is."""
+    checkpoints.strip()
+    best = checkpoints.best if checkpoints.best.exists() else checkpoints.last
+    model = load_model(best)
+    network = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
+    validation = DatasetOptions(data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls)
+    loader = make_loader(DetectionDataset(data.val, validation))
+    evaluation = evaluate(network, loader, Precision(precision.device), EvaluateOptions(single_cls=options.single_cls), on_batch=BatchPlots(folder, data.names))
+    LOGGER.info(evaluation.table(data.names, verbose=data.nc < 50))
+    write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, data.imgsz))
+    plot_evaluation(evaluation, data.names, folder)
+    plots.plot_results(folder / "results.csv", folder / "results.png")
+    LOGGER.info(f"weights: {best} and {checkpoints.last.name} beside it\nresults saved to {folder}")
+    return folder

@@ -1,0 +1,214 @@
+"""Checkpoints: writing ours, and loading any (ours, a cfg + weights pair, an official YOLOv5 `.pt`) into a `Model`.
+
+A checkpoint of ours is a dict of tensors and plain values that `torch.load(weights_only=True)` reads::
+
+    format      "yolo-prune 1"
+    cfg         the structure, as cfg text (anchors included)
+    state       tensors under YOLOv5's keys (the EMA's where one was kept)
+    names       class names
+    imgsz       the size it was trained at
+    epoch       last finished epoch, -1 once training is over
+    best_fitness, hyp, options
+    training    None once stripped; until then raw weights, optimizer and the state of the loop's seams
+    extensions  later features' data; unknown entries are refused
+
+Stripped files hold convolution weights in half precision, like YOLOv5's; batch norms and biases stay float32 (they are few, and a
+running variance can leave half's range).
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import official
+from models.blocks import Block, Blocks
+from models.cfg import read_cfg, read_cfg_text, write_cfg
+from models.network import Network, replace_anchors
+from models.yaml_reader import from_spec, read_yaml
+from utils.errors import InputError
+from utils.files import atomic, existing
+from utils.log import LOGGER
+
+FORMAT = "yolo-prune 1"
+EXTENSIONS: frozenset[str] = frozenset()
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a checkpoint says: structure, tensors (float32), class names, and the state of training where it is not over."""
+
+    blocks: Blocks
+    state: State
+    names: tuple[str, ...]
+    imgsz: int = 640
+    epoch: int = -1
+    best_fitness: float = 0.0
+    hyp: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
+
+    def network(self) -> Network:
+        """Build the network and load the tensors, strictly."""
+        network = Network(self.blocks)
+        network.load_state_dict(self.state)
+        return network.eval()
+
+
+def save_model(path: Path, model: Model) -> None:
+    """Write `model` atomically; stripped (half-precision convolutions) where `model.training` is None."""
+    stripped = model.training is None
+    content = {
+        "format": FORMAT,
+        "cfg": write_cfg(model.blocks),
+        "state": {k: _stored(v, stripped) for k, v in model.state.items()},
+        "names": list(model.names),
+        "imgsz": model.imgsz,
+        "epoch": model.epoch,
+        "best_fitness": model.best_fitness,
+        "hyp": model.hyp,
+        "options": model.options,
+        "training": model.training,
+        "extensions": {},
+    }
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def _stored(tensor: Tensor, stripped: bool) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.half() if stripped and tensor.dim() == 4 and tensor.is_floating_point() else tensor.clone()
+
+
+def load_model(weights: str | Path, cfg: str | Path | None = None) -> Model:
+    """Load any checkpoint. `cfg` (a cfg or a model yaml) overrides the structure and must fit the tensors; anchors stay the checkpoint's.
+
+    Raises `InputError` naming the file and each block that differs.
+    """
+    path = existing(weights, "--weights")
+    try:
+        model = _from_official(path) if official.looks_official(path) else _from_ours(path)
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); the file is truncated or not a checkpoint") from None
+    if cfg:
+        blocks = read_structure(cfg, model.blocks[_first_head(model.blocks)].classes)
+        model = replace(model, blocks=_with_anchors_of(model.blocks, blocks, cfg))
+        check_fit(model.blocks, model.state, f"{cfg} does not fit {path}")
+    return model
+
+
+def read_structure(path: str | Path, classes: int | None = None) -> Blocks:
+    """Read a model yaml or a cfg file; `classes` replaces its number of classes."""
+    path = existing(path, "--cfg")
+    if path.suffix in (".yaml", ".yml"):
+        return read_yaml(path, classes)
+    if path.suffix == ".cfg":
+        return read_cfg(path, classes)
+    raise InputError(f"--cfg: {path} is neither a .yaml nor a .cfg file")
+
+
+def _first_head(blocks: Blocks) -> int:
+    return next(i for i, block in enumerate(blocks) if block.kind == "yolo")
+
+
+def _with_anchors_of(source: Blocks, blocks: Blocks, cfg: str | Path) -> Blocks:
+    """Give `blocks` the anchors that `source` was trained with."""
+    trained, written = _anchors(source), _anchors(blocks)
+    if trained == written or len(trained) != len(written):
+        return blocks
+    LOGGER.info(f"{cfg}: its anchors differ from those of the weights; the weights' anchors are used")
+    return replace_anchors(blocks, trained)
+
+
+def _anchors(blocks: Blocks) -> list[list[tuple[float, float]]]:
+    heads = sorted((b for b in blocks if b.kind == "yolo"), key=lambda b: b.level)
+    return [list(b.anchors) for b in heads]
+
+
+def shapes_of(blocks: Blocks) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every tensor a network of `blocks` has, without allocating it."""
+    with torch.device("meta"):
+        network = Network(blocks)
+    return {k: tuple(v.shape) for k, v in network.state_dict().items()}
+
+
+def check_fit(blocks: Blocks, state: State, what: str) -> None:
+    """Raise `InputError` naming each block of `blocks` whose tensors differ from `state`'s in presence or shape."""
+    wanted, got = shapes_of(blocks), {k: tuple(v.shape) for k, v in state.items()}
+    differ: dict[str, str] = {}
+    for key in sorted(wanted.keys() | got.keys(), key=_natural):
+        if wanted.get(key) != got.get(key):
+            differ.setdefault(key.rsplit(".", 2)[0], f"{key} is {_shape(wanted.get(key))} in the structure and {_shape(got.get(key))} in the weights")
+    if differ:
+        shown = list(differ.values())
+        more = f"; and {len(shown) - 8} more blocks" if len(shown) > 8 else ""
+        raise InputError(f"{what}: {'; '.join(shown[:8])}{more}. Use the cfg that was written with these weights, or leave --cfg out")
+
+
+def _natural(key: str) -> list:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else "x".join(map(str, shape)) or "a number"
+
+
+def _from_ours(path: Path) -> Model:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:160]}); the file may be truncated") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        got = content.get("format") if isinstance(content, dict) else None
+        raise InputError(f"{path}: not a checkpoint of this project (format {got!r}, wanted {FORMAT!r}) nor one of YOLOv5")
+    unknown = content["extensions"].keys() - EXTENSIONS
+    if unknown:
+        raise InputError(f"{path}: holds {', '.join(sorted(unknown))}, which this version does not know; use a newer one")
+    blocks = read_cfg_text(content["cfg"], f"{path} (its cfg)")
+    state = {k: v.float() if v.is_floating_point() else v for k, v in content["state"].items()}
+    check_fit(blocks, state, f"{path}: its structure and tensors disagree")
+    fields = {k: content[k] for k in ("imgsz", "epoch", "best_fitness", "hyp", "options", "training")}
+    return Model(blocks, state, tuple(content["names"]), **fields)
+
+
+def _from_official(path: Path) -> Model:
+    file = official.read_official(path)
+    blocks = from_spec(file.yaml, f"{path} (its yaml)", file.nc)
+    if file.fused:
+        raise InputError(f"{path}: its batch norms are fused away, so it cannot be trained or pruned; use the unfused checkpoint")
+    blocks = replace_anchors(blocks, [list(level) for level in file.anchors_pixels])
+    blocks = tuple(_as_pickled(block, file, path) for block in blocks)
+    check_fit(blocks, file.state, f"{path}: its yaml and tensors disagree")
+    return Model(blocks, dict(file.state), tuple(file.names), best_fitness=float(file.best_fitness or 0.0))
+
+
+_PICKLED_ACTIVATIONS = {"SiLU": "silu", "LeakyReLU(0.1)": "leaky", "Hardswish": "hardswish", "ReLU": "relu", "Mish": "mish", "Identity": "linear"}
+
+
+def _as_pickled(block: Block, file: official.OfficialCheckpoint, path: Path) -> Block:
+    """Carry what the file's own modules say into the block: batch norm constants and the activation (it differs between eras)."""
+    if not block.has_gamma:
+        return block
+    owner = block.name if block.kind == "convolutional" else block.name.rpartition(".")[0]
+    pickled = file.activations.get(owner, "")
+    act = _PICKLED_ACTIVATIONS.get(pickled, block.activation if not pickled else None)
+    if act is None:
+        raise InputError(f"{path}: {owner} has the activation {pickled}, which this project does not have; known: {', '.join(_PICKLED_ACTIVATIONS)}")
+    eps, momentum = file.bn_eps.get(block.bn_path, block.bn_eps), file.bn_momentum.get(block.bn_path, block.bn_momentum)
+    return replace(block, activation=act, bn_eps=eps, bn_momentum=momentum)
+
+
+def transfer(state: State, network: Network, skip_anchors: bool = False) -> str:
+    """Load the tensors of `state` that `network` has in equal shape; return `transferred N/M tensors`."""
+    own = network.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape and not (skip_anchors and "anchors" in k)}
+    network.load_state_dict(fits, strict=False)
+    return f"transferred {len(fits)}/{len(own)} tensors"
+

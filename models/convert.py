@@ -1,0 +1,64 @@
+"""Command: write the cfg of a yaml, a cfg or a checkpoint, alone or as a cfg + weights pair.
+
+    python -m models.convert models/yolov5s.yaml --out cfg/yolov5s.cfg
+    python -m models.convert yolov5n.pt --out pairs/yolov5n.cfg      # pairs/yolov5n.cfg and pairs/yolov5n.pt
+    python -m models.convert --stock                                 # cfg/yolov5{n,s,m,l,x}.cfg from models/*.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from models.cfg import write_cfg
+from models.checkpoint import load_model, read_structure, save_model
+from models.network import summary
+from utils.errors import InputError, run_script
+from utils.files import make_folder, write_text
+from utils.log import LOGGER
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def stock_cfgs() -> dict[Path, str]:
+    """Path -> text of every cfg file that ships, generated from the yaml of the same name."""
+    return {ROOT / "cfg" / f"{path.stem}.cfg": write_cfg(read_structure(path)) for path in sorted((ROOT / "models").glob("yolov5*.yaml"))}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", nargs="?", help="a .yaml, .cfg or .pt file")
+    parser.add_argument("--out", help="the .cfg to write; a checkpoint's weights go beside it")
+    parser.add_argument("--classes", type=int, help="number of classes (yaml and cfg only)")
+    parser.add_argument("--stock", action="store_true", help="write every cfg that ships")
+    args = parser.parse_args(argv)
+    if args.stock:
+        for path, text in stock_cfgs().items():
+            write_text(path, text)
+            LOGGER.info(f"wrote {path.relative_to(ROOT)}")
+        return
+    if not args.source:
+        raise InputError("name a .yaml, .cfg or .pt file, or give --stock")
+    _convert(Path(args.source), Path(args.out) if args.out else None, args.classes)
+
+
+def _convert(source: Path, out: Path | None, classes: int | None) -> None:
+    model = load_model(source) if source.suffix == ".pt" else None
+    blocks = model.blocks if model else read_structure(source, classes)
+    LOGGER.info(summary(blocks))
+    if out is None:
+        return
+    if out.suffix != ".cfg":
+        raise InputError(f"--out: {out} must end in .cfg")
+    make_folder(out.parent)
+    write_text(out, write_cfg(blocks))
+    LOGGER.info(f"wrote {out}")
+    if model:
+        save_model(out.with_suffix(".pt"), replace(model, training=None, epoch=-1))
+        LOGGER.info(f"wrote {out.with_suffix('.pt')}")
+
+
+if __name__ == "__main__":
+    run_script(main)

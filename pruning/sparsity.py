@@ -1,0 +1,112 @@
+"""Sparsity training: L1 on the gammas of batch norms (network slimming, Liu et al. 2017), as a gradient term of the loop.
+
+Added once per optimizer step, after unscaling and clipping, so its size depends neither on AMP nor on clipping nor on accumulation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.blocks import Blocks
+from models.network import Network
+from pruning.spaces import find_spaces
+from utils.errors import InputError
+
+NEAR_ZERO = 0.05  # share of a layer's largest gamma below which a gamma counts as near zero
+
+
+@dataclass(frozen=True)
+class SparsityOptions:
+    """`strength` is added to each penalised gamma's gradient; `decay`: linearly down to a tenth of it over the run; `beta`: strength on beta."""
+
+    strength: float
+    decay: bool = False
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.strength < 0 or self.beta < 0:
+            raise InputError(f"--sr {self.strength}, --beta-sr {self.beta}: strengths must not be negative; 0 turns the penalty off")
+
+
+def penalised(blocks: Blocks, shortcuts: bool) -> list[str]:
+    """Paths of the batch norms to penalise: those that act on a prunable space; without `shortcuts`, not those of shortcut groups.
+
+    `shortcuts=False` fits `prune.py` (`--prune 0`), `True` the other three scripts (`--prune 1`).
+    """
+    chosen = set()
+    for space in find_spaces(blocks).spaces:
+        if space.keep is None and (shortcuts or not space.tied):
+            chosen |= {block for block, _ in space.members}
+    return [blocks[i].bn_path for i in sorted(chosen)]
+
+
+def equivalent_scale(strength: float, batch_size: int, nbs: int) -> float:
+    """The predecessors' `--scale` with the same effect: they add it once per micro-batch, so round(nbs / batch) times per step."""
+    return strength / max(1, round(nbs / batch_size))
+
+
+class SparsityTerm:
+    """Gradient term: grad(gamma) += s * sign(gamma), and for beta likewise. `strength_at(epoch)` is s; the loop's epoch is set by `before_epoch`."""
+
+    def __init__(self, paths: list[str], options: SparsityOptions, epochs: int) -> None:
+        self.paths, self.options, self.epochs = paths, options, epochs
+        self.strength = self.strength_at(0)
+
+    def strength_at(self, epoch: int) -> float:
+        """The penalty of an epoch; with decay s * (1 - 0.9 * epoch / epochs)."""
+        factor = 1 - 0.9 * epoch / self.epochs if self.options.decay else 1.0
+        return self.options.strength * factor
+
+    def before_epoch(self, loop: object, epoch: int) -> None:
+        """Transition seam: follow the schedule."""
+        self.strength = self.strength_at(epoch)
+
+    @torch.no_grad()
+    def add(self, network: Network) -> None:
+        """Add the term to the gradients; a parameter that received none gets the penalty alone."""
+        for path in self.paths:
+            bn = network.get_submodule(path)
+            _penalise(bn.weight, self.strength)
+            if self.options.beta:
+                _penalise(bn.bias, self.options.beta)
+
+
+def _penalise(parameter: nn.Parameter, strength: float) -> None:
+    push = parameter.sign()
+    if parameter.grad is None:
+        parameter.grad = push.mul_(strength)
+    else:
+        parameter.grad.add_(push, alpha=strength)
+
+
+@torch.no_grad()
+def gammas(network: Network, paths: list[str]) -> list[np.ndarray]:
+    """|gamma| of each batch norm in `paths`."""
+    return [network.get_submodule(path).weight.abs().cpu().numpy() for path in paths]
+
+
+def near_zero_share(layers: list[np.ndarray]) -> float:
+    """Share of all gammas that lie below `NEAR_ZERO` of their own layer's largest."""
+    small = sum(int((g < NEAR_ZERO * max(float(g.max()), 1e-12)).sum()) for g in layers)
+    return small / max(sum(len(g) for g in layers), 1)
+
+
+def advice(shares: list[float], fitness: list[float], start: float, epochs: int, strength: float) -> str | None:
+    """Judge the strength after a few epochs. `shares`: near-zero share per epoch; `fitness` per epoch; `start`: share before training.
+
+    Returns a sentence with what to try, or None while it is too early to tell or all is well.
+    """
+    done = len(shares)
+    if done < max(2, epochs // 4) or done >= epochs:
+        return None
+    pace = (shares[-1] - start) / done * epochs
+    peak = max(fitness)
+    if peak > 0.05 and fitness[-1] < 0.7 * peak and shares[-1] > 0.2:
+        return f"strength {strength:g} looks too strong: fitness fell from {peak:.3f} to {fitness[-1]:.3f}; try --sr {strength / 3:.2g}"
+    if start + pace < 0.2:
+        return f"strength {strength:g} looks too weak: {shares[-1]:.1%} of the gammas are near zero after {done} epochs; try --sr {strength * 3:.2g}, or more epochs"
+    return None

@@ -1,0 +1,67 @@
+"""Device and precision: where tensors live, what autocast uses there, which memory layout."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.errors import InputError
+
+
+def select_device(text: str) -> torch.device:
+    """`''`: CUDA where there is one, otherwise the CPU; `cpu`; `0`, `cuda:0`. Several devices are not supported yet."""
+    text = text.strip().lower().removeprefix("cuda:")
+    if text == "cpu":
+        return torch.device("cpu")
+    if text == "" or text == "cuda":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if not text.isdigit():
+        raise InputError(f"--device {text}: give cpu or the number of one CUDA device, such as 0")
+    if not torch.cuda.is_available() or int(text) >= torch.cuda.device_count():
+        raise InputError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return torch.device(f"cuda:{text}")
+
+
+def cpu_accelerates_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 instructions (AVX-512 BF16 or AMX); emulated bfloat16 is about ten times slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a network is run on `device`: `autocast_dtype` None means plain float32."""
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+
+    @property
+    def scales(self) -> bool:
+        """Whether gradients need loss scaling (float16's range is small; bfloat16's is not)."""
+        return self.autocast_dtype == torch.float16
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def images(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float 0..1 on the device, channels last."""
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return images.float().div_(255)
+
+
+def training_precision(device: torch.device, amp: bool = True) -> Precision:
+    """float16 on CUDA, bfloat16 on CPUs that accelerate it, float32 elsewhere or without `amp`."""
+    if not amp:
+        return Precision(device)
+    if device.type == "cuda":
+        return Precision(device, torch.float16)
+    return Precision(device, torch.bfloat16 if cpu_accelerates_bfloat16() else None)
+
+
+def worker_count(wanted: int) -> int:
+    """Loader workers: no more than the CPUs that this process may use."""
+    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -1,0 +1,54 @@
+"""Flags shared by the scripts: YOLOv5's names and aliases, with `_` and `-` both accepted everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` in which every flag can be typed with `_` or with `-`, and errors are one line."""
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        every: list[str] = []
+        for name in names:
+            every.append(name)
+            if name.startswith("--"):
+                body = name[2:]
+                every += [f"--{spelling}" for spelling in (body.replace("-", "_"), body.replace("_", "-"))]
+        return super().add_argument(*dict.fromkeys(every), **kwargs)
+
+    def error(self, message: str) -> None:
+        print(f"error: {message}; {self.prog} --help lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser(description: str) -> Parser:
+    """A parser without prefix matching, so that a misspelt flag is an error and not another flag."""
+    return Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def add_size(p: Parser, default: int | None = 640) -> None:
+    p.add_argument("--imgsz", "--img", "--img-size", type=int, default=default, help="long side of the network input, pixels")
+
+
+def add_device(p: Parser, workers: bool = True) -> None:
+    p.add_argument("--device", default="", help="cpu, or a CUDA device number; empty: CUDA where there is one")
+    if workers:
+        p.add_argument("--workers", type=int, default=8, help="loader processes (no more than CPUs)")
+
+
+def add_run(p: Parser, project: str, name: str = "exp") -> None:
+    p.add_argument("--project", default=project, help="save results to PROJECT/NAME")
+    p.add_argument("--name", default=name, help="save results to PROJECT/NAME")
+    p.add_argument("--exist-ok", action="store_true", help="write into PROJECT/NAME even if it exists")
+
+
+def multiple(size: int, stride: int) -> int:
+    """`size` raised to a multiple of `stride`, at least two strides (YOLOv5's rule)."""
+    return max((size + stride - 1) // stride * stride, 2 * stride)
+
+
+Argv = Sequence[str] | None

@@ -1,0 +1,372 @@
+"""Finds images and their label files, reads and checks them, and remembers the result in a cache without pickle.
+
+Owns which files are images, where an image's labels lie, what a valid label is, and `load_image`. What is done to the
+pixels and boxes afterwards belongs to `utils.augment` and `utils.dataset`. Nothing here ever writes to an image or a
+label.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from utils.errors import InputError, did_you_mean
+from utils.log import LOGGER
+
+IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in "bmp dng jpeg jpg mpo pfm png tif tiff webp".split())
+MIN_SIDE = 10  # pixels
+_CACHE_VERSION = 1
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+
+
+@dataclass(frozen=True, eq=False)
+class LabelSet:
+    """The usable images of a split and their boxes; position i means the same image in `images`, `labels` and `sizes`.
+
+    labels: per image float32 (n, 5), [class, cx, cy, w, h] normalised to the image.  sizes: int64 (len, 2), (width,
+    height) as displayed, i.e. after EXIF orientation.  found + missing = len: images with and without a label file;
+    empty counts those of `found` without a row; corrupt counts the dropped images.  messages: one line per image that
+    was dropped or mended.
+    """
+
+    images: tuple[Path, ...]
+    labels: tuple[np.ndarray, ...]
+    sizes: np.ndarray
+    found: int
+    missing: int
+    empty: int
+    corrupt: int
+    messages: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def instances(self) -> int:
+        """Number of boxes."""
+        return sum(len(rows) for rows in self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class _Inspected:
+    """One image's outcome; `rows` is None if the image has to be dropped."""
+
+    size: tuple[int, int]
+    rows: np.ndarray | None
+    has_file: bool
+    messages: tuple[str, ...]
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def load_image(path: str | Path) -> np.ndarray:
+    """Read an image as uint8 (height, width, 3) in BGR, turned upright by its EXIF orientation.
+
+    Gray, palette, CMYK and 16-bit images are converted; an alpha channel is dropped. A JPEG without its end marker is
+    read as far as it goes. Raises InputError for a file that is gone or no image.
+    """
+    try:
+        image, _ = _decode(path, cv2.IMREAD_COLOR)
+    except OSError as error:
+        raise InputError(f"image {path}: {error.strerror or error}; was it moved or deleted?") from None
+    if image is None:
+        raise InputError(f"image {path}: cannot be read as an image; remove or replace it")
+    # OpenCV hands some single-channel formats (PFM) over as they are, whatever the flag.
+    return image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+
+
+def _decode(path: str | Path, flags: int) -> tuple[np.ndarray | None, bool]:
+    """Decode a file; return the image (None if it is none) and whether its JPEG end marker had to be supplied."""
+    content = np.fromfile(path, dtype=np.uint8)  # unlike cv2.imread, takes any path on any system
+    image = _decode_bytes(content, flags)
+    if image is None and content[:2].tobytes() == _JPEG_START:
+        return _decode_bytes(np.append(content, np.frombuffer(_JPEG_END, np.uint8)), flags), True
+    return image, False
+
+
+def _decode_bytes(content: np.ndarray, flags: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(content, flags)
+    except cv2.error:  # an empty file, or one whose header promises too many pixels
+        return None
+
+
+def list_images(sources: Sequence[Path]) -> list[Path]:
+    """Return the images of folders (recursive) and `.txt` lists, sorted by path; hidden files are passed over.
+
+    A list's line beginning with `./` is relative to the list; any other relative line to the working folder if the file
+    is there, else to the list. Raises InputError for a source that does not exist.
+    """
+    return sorted(path for source in sources for path in _images_of(Path(source)))
+
+
+def _images_of(source: Path) -> Iterator[Path]:
+    if source.is_dir():
+        paths = _walk(source)
+    elif source.is_file():
+        paths = _list_lines(source)
+    else:
+        near = did_you_mean(source.name, os.listdir(source.parent)) if source.parent.is_dir() else ""
+        raise InputError(f"images: no such folder or list: {source}{near}")
+    return (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, through links to folders but never twice through the same one."""
+    seen = set()
+    for parent, folders, files in os.walk(os.path.abspath(folder), followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            yield from (Path(parent, name) for name in files if not name.startswith("."))
+        seen.add(real)
+
+
+def _list_lines(source: Path) -> Iterator[Path]:
+    for line in source.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        line = line.strip()
+        if line:
+            beside_list = line.startswith("./") or not os.path.exists(line)
+            yield Path(os.path.abspath(source.parent / line if beside_list else line))
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+def label_path(image: Path) -> Path:
+    """Return the label file of an image: the last folder called `images` becomes `labels`, the suffix `.txt`.
+
+    Example: `a/images/train/1.jpg` -> `a/labels/train/1.txt`; without such a folder the labels lie beside the image.
+    """
+    head, images, tail = str(image).rpartition(f"{os.sep}images{os.sep}")
+    moved = os.path.join(head, "labels", tail) if images else tail
+    return Path(moved).with_suffix(".txt")
+
+
+def parse_labels(text: str) -> tuple[np.ndarray, str]:
+    """Parse a label file to float32 (n, 5) [class, cx, cy, w, h] and a note on what was mended (empty if nothing was).
+
+    If any row has more than 6 columns, every row is a polygon `class x y x y ...` and becomes its bounding box; else
+    every row is a box. Duplicate rows are removed, which sorts the rest. Raises ValueError with the reason if any row
+    is bad.
+    """
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return np.zeros((0, 5), np.float32), ""
+    polygons = any(len(line) > 6 for line in lines)
+    rows = _polygon_rows(lines) if polygons else _box_rows(lines)
+    _check_rows(rows)
+
+    notes = []
+    if polygons and (boxes := sum(len(line) == 5 for line in lines)):
+        notes.append(f"{boxes} rows of 5 columns among polygons were read as two points each; write them as polygons")
+    unique = np.unique(rows, axis=0)
+    if len(unique) < len(rows):
+        notes.append(f"{len(rows) - len(unique)} duplicate labels removed")
+        rows = unique
+    return rows, "; ".join(notes)
+
+
+def _box_rows(lines: Sequence[Sequence[str]]) -> np.ndarray:
+    for number, line in enumerate(lines, start=1):
+        if len(line) != 5:
+            raise ValueError(f"row {number} has {len(line)} columns; a box has 5: class cx cy w h")
+    return np.array(lines, dtype=np.float32)
+
+
+def _polygon_rows(lines: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return the bounding boxes of polygons, not clipped to the image."""
+    rows = np.empty((len(lines), 5), np.float32)
+    for number, line in enumerate(lines, start=1):
+        if len(line) < 3 or len(line) % 2 == 0:
+            raise ValueError(f"row {number} has {len(line)} columns; a polygon has an odd number: class x y x y ...")
+        points = np.array(line[1:], dtype=np.float32).reshape(-1, 2)
+        low, high = points.min(axis=0), points.max(axis=0)
+        rows[number - 1] = (float(line[0]), *((low + high) / 2), *(high - low))
+    return rows
+
+
+def _check_rows(rows: np.ndarray) -> None:
+    """Raise ValueError unless all values are finite and not negative, coordinates at most 1, and classes whole."""
+    if not np.isfinite(rows).all():
+        raise ValueError("a value is not a finite number")
+    if (rows < 0).any():
+        raise ValueError(f"negative value {rows[rows < 0][0]:g}")
+    if (rows[:, 1:] > 1).any():
+        raise ValueError(f"coordinate {rows[:, 1:].max():g} is above 1; coordinates are shares of the image's sides")
+    if (rows[:, 0] % 1 != 0).any():
+        raise ValueError("a class is not a whole number")
+
+
+def _inspect(image: Path) -> _Inspected:
+    """Check an image and its labels. Never raises for a bad file: the outcome says so."""
+    label = label_path(image)
+    culprit = image
+    try:
+        size, mended = _image_size(image)
+        culprit = label
+        has_file = label.is_file()
+        rows, note = parse_labels(label.read_text(encoding="utf-8-sig") if has_file else "")
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        return _Inspected((0, 0), None, False, (f"{culprit}: image ignored: {reason}",))
+    notes = [(image, "JPEG without its end marker, read as far as it goes")] if mended else []
+    notes += [(label, note)] if note else []
+    return _Inspected(size, rows, has_file, tuple(f"{path}: {text}" for path, text in notes))
+
+
+def _image_size(path: Path) -> tuple[tuple[int, int], bool]:
+    """Decode an image to learn that it can be, and return ((width, height), whether its JPEG end marker is missing)."""
+    image, mended = _decode(path, cv2.IMREAD_GRAYSCALE)
+    if image is None:
+        raise ValueError("cannot be read as an image")
+    height, width = image.shape[:2]
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width}x{height} pixels; each side must have at least {MIN_SIDE}")
+    return (width, height), mended
+
+
+# Scan and cache -------------------------------------------------------------------------------------------------------
+
+
+def scan_labels(sources: Path | Sequence[Path], nc: int | None = None, *, quiet: bool = False) -> LabelSet:
+    """Find and check all images and labels of a split, or take them from the cache if no file has changed since.
+
+    `sources` are folders or `.txt` lists. Bad images and labels are counted, named in the log and left out. `quiet`
+    silences progress and log, for the other processes of a distributed run. Raises InputError for a missing source, for
+    no usable image at all, and for a class that is not below `nc` (None: not checked).
+    """
+    sources = [Path(sources)] if isinstance(sources, (str, Path)) else [Path(source) for source in sources]
+    where = ", ".join(map(str, sources))
+    images = list_images(sources)
+    if not images:
+        kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        raise InputError(f"no images in {where}: no file there ends in one of: {kinds}")
+
+    cache, fingerprint = _cache_path(sources, images), _fingerprint(images)
+    labels = _read_cache(cache, fingerprint, images)
+    fresh = labels is None
+    if fresh:
+        labels = _scan(images, where, quiet)
+        _write_cache(cache, fingerprint, images, labels)
+    if not quiet:
+        _report(labels, where, "" if fresh else f" (from {cache.name})")
+    if not len(labels):
+        raise InputError(f"no usable image in {where}: all {labels.corrupt} are corrupt, e.g. {labels.messages[0]}")
+    if nc is not None:
+        _check_classes(labels, nc)
+    return labels
+
+
+def _scan(images: Sequence[Path], where: str, quiet: bool) -> LabelSet:
+    # Decoding releases the interpreter lock, so threads suffice.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        outcomes = pool.map(_inspect, images)
+        hidden = True if quiet else None  # None: where the output is no terminal
+        outcomes = list(tqdm(outcomes, total=len(images), desc=f"scanning {where}", disable=hidden, leave=False))
+    kept = [i for i, outcome in enumerate(outcomes) if outcome.rows is not None]
+    with_file = [i for i in kept if outcomes[i].has_file]
+    return LabelSet(
+        images=tuple(images[i] for i in kept),
+        labels=tuple(outcomes[i].rows for i in kept),
+        sizes=np.array([outcomes[i].size for i in kept], np.int64).reshape(-1, 2),
+        found=len(with_file),
+        missing=len(kept) - len(with_file),
+        empty=sum(len(outcomes[i].rows) == 0 for i in with_file),
+        corrupt=len(images) - len(kept),
+        messages=tuple(message for outcome in outcomes for message in outcome.messages),
+    )
+
+
+def _report(labels: LabelSet, where: str, origin: str) -> None:
+    for message in labels.messages:
+        LOGGER.warning(message)
+    backgrounds = labels.missing + labels.empty
+    LOGGER.info(f"{where}: {len(labels)} images, {backgrounds} backgrounds, {labels.corrupt} corrupt{origin}")
+    if len(labels) and not labels.instances:
+        LOGGER.warning(f"{where}: no labels; {labels.images[0]} should have its in {label_path(labels.images[0])}")
+
+
+def _check_classes(labels: LabelSet, nc: int) -> None:
+    for image, rows in zip(labels.images, labels.labels):
+        if len(rows) and rows[:, 0].max() >= nc:
+            raise InputError(
+                f"{label_path(image)}: class {rows[:, 0].max():.0f}, but the data set has nc = {nc}, so classes 0 to "
+                f"{nc - 1}; correct the label, or the names"
+            )
+
+
+def _cache_path(sources: Sequence[Path], images: Sequence[Path]) -> Path:
+    """Return the cache's file: beside the one `.txt` list, else beside the folder with the first image's labels."""
+    if len(sources) == 1 and sources[0].is_file():
+        return sources[0].with_name(f"{sources[0].stem}.cache.npz")
+    folder = label_path(images[0]).parent
+    return folder.with_name(f"{folder.name}.cache.npz")
+
+
+def _fingerprint(images: Sequence[Path]) -> str:
+    """Return a hash of the paths, sizes and modification times of all images and label files."""
+    digest = hashlib.sha256()
+    for image in images:
+        for path in (image, label_path(image)):
+            try:
+                status = os.stat(path)
+                digest.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            except OSError:
+                digest.update(f"{path}\n-\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path, fingerprint: str, images: Sequence[Path]) -> LabelSet | None:
+    """Return the cached result of scanning `images`, or None if there is none, it is damaged, or a file has changed."""
+    try:
+        with np.load(path, allow_pickle=False) as cache:
+            if int(cache["version"]) != _CACHE_VERSION or str(cache["fingerprint"]) != fingerprint:
+                return None
+            kept, sizes, counts, rows = (cache[key] for key in ("kept", "sizes", "counts", "rows"))
+            found, missing, empty, corrupt = (int(number) for number in cache["tallies"])
+            messages = tuple(str(message) for message in cache["messages"])
+        if not len(kept) == len(sizes) == len(counts) or counts.sum() != len(rows) or found + missing != len(kept):
+            return None
+        labels = tuple(np.split(rows, np.cumsum(counts)[:-1])) if len(kept) else ()
+        return LabelSet(tuple(images[i] for i in kept), labels, sizes, found, missing, empty, corrupt, messages)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _write_cache(path: Path, fingerprint: str, images: Sequence[Path], labels: LabelSet) -> None:
+    """Write the cache whole or not at all; a folder that cannot be written to is only worth a warning."""
+    if not path.parent.is_dir():  # a split without a labels folder; `_report` says so
+        return
+    number = {image: i for i, image in enumerate(images)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(
+                file,
+                version=np.int64(_CACHE_VERSION),
+                fingerprint=np.str_(fingerprint),
+                kept=np.array([number[image] for image in labels.images], np.int64),
+                sizes=labels.sizes,
+                counts=np.array([len(rows) for rows in labels.labels], np.int64),
+                rows=np.concatenate([np.zeros((0, 5), np.float32), *labels.labels]),
+                tallies=np.array([labels.found, labels.missing, labels.empty, labels.corrupt], np.int64),
+                messages=np.array(labels.messages, dtype=np.str_),
+            )
+        os.replace(temporary, path)
+    except OSError as error:
+        LOGGER.warning(f"{path}: the label cache was not written ({error.strerror}); the next run scans again")
+        with contextlib.suppress(OSError):
+            temporary.unlink()

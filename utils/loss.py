@@ -1,0 +1,129 @@
+"""YOLOv5's target assignment and detection loss (v7.0), vectorised over anchors, targets and cells.
+
+Coordinates are in cells of a level's grid unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.boxes import ciou
+from utils.decode import decode_boxes, split_anchors
+
+_BALANCE = {3: (4.0, 1.0, 0.4)}
+_BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Gains and shapes of the loss, as in a hyp file (before scaling by levels, classes and image size)."""
+
+    box: float = 0.05
+    cls: float = 0.5
+    cls_pw: float = 1.0
+    obj: float = 1.0
+    obj_pw: float = 1.0
+    anchor_t: float = 4.0
+    fl_gamma: float = 0.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Targets assigned to one level: `image`, `anchor`, `row`, `column`, `cls` (n,) long; `box` (n, 4): offset of the centre from the cell, width, height in cells."""
+
+    image: Tensor
+    anchor: Tensor
+    row: Tensor
+    column: Tensor
+    cls: Tensor
+    box: Tensor
+
+
+def assign(targets: Tensor, anchors: Tensor, rows: int, columns: int, anchor_t: float) -> Matches:
+    """Assign targets (m, 6: image, class, centre x, y, width, height in 0..1) to the cells of a `rows` x `columns` grid.
+
+    An anchor (na, 2; cells) takes a target if no side differs by the factor `anchor_t` or more; the target's own cell and the
+    one or two nearest neighbours take it.
+    """
+    size = targets.new_tensor([columns, rows])
+    centre, wh = targets[:, 2:4] * size, targets[:, 4:6] * size
+    ratio = wh[None] / anchors[:, None]
+    a, t = (torch.max(ratio, 1 / ratio).amax(2) < anchor_t).nonzero(as_tuple=True)
+    xy = centre[t]
+    low = (xy % 1 < 0.5) & (xy > 1)  # (n, 2): the left and the upper neighbour
+    rest = size - xy
+    high = (rest % 1 < 0.5) & (rest > 1)  # the right and the lower one
+    chosen = torch.cat((torch.ones_like(low[:, :1]), low, high), 1).T  # (5, n)
+    shifts = xy.new_tensor([[0, 0], [0.5, 0], [0, 0.5], [-0.5, 0], [0, -0.5]])
+    which, n = chosen.nonzero(as_tuple=True)
+    cell = (xy[n] - shifts[which]).long()
+    column, row = cell[:, 0].clamp(0, columns - 1), cell[:, 1].clamp(0, rows - 1)
+    box = torch.cat((xy[n] - torch.stack((column, row), 1), wh[t[n]]), 1)
+    return Matches(targets[t[n], 0].long(), a[n], row, column, targets[t[n], 1].long(), box)
+
+
+class DetectionLoss:
+    """Box (CIoU), objectness and class loss of raw head maps against targets.
+
+    `anchors` (levels, na, 2) in pixels; `nc` classes; `imgsz` the training size in pixels, which scales the objectness gain.
+    """
+
+    def __init__(self, anchors: Tensor, strides: Sequence[int], nc: int, imgsz: int, options: LossOptions = LossOptions()) -> None:
+        levels = len(strides)
+        self.anchors = [a / s for a, s in zip(anchors, strides)]
+        self.nc, self.options = nc, options
+        self.balance = _BALANCE.get(levels, _BALANCE_OTHER[:levels])
+        self.box_gain = options.box * 3 / levels
+        self.cls_gain = options.cls * nc / 80 * 3 / levels
+        self.obj_gain = options.obj * (imgsz / 640) ** 2 * 3 / levels
+
+    def __call__(self, maps: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss (scalar, times the batch size as in YOLOv5) and its detached parts (3,): box, objectness, class, with gains.
+
+        `maps`: (B, na*(5+nc), ny, nx) raw logits per level; `targets`: (m, 6) as in `assign`.
+        """
+        parts = torch.zeros(3, device=targets.device)
+        for raw, anchors, balance in zip(maps, self.anchors, self.balance):
+            anchors = anchors.to(raw.device)
+            matches = assign(targets, anchors, raw.shape[2], raw.shape[3], self.options.anchor_t)
+            parts = parts + self._level(split_anchors(raw, len(anchors)), anchors, matches, balance)
+        parts = parts * parts.new_tensor([self.box_gain, self.obj_gain, self.cls_gain])
+        return parts.sum() * maps[0].shape[0], parts.detach()
+
+    def _level(self, p: Tensor, anchors: Tensor, m: Matches, balance: float) -> Tensor:
+        wanted = torch.zeros(p.shape[:4], device=p.device)
+        box = cls = torch.zeros((), device=p.device)
+        if len(m.image):
+            picked = p[m.image, m.anchor, m.row, m.column].float()
+            xy, wh = decode_boxes(picked[:, :4], anchors[m.anchor])
+            iou = ciou(torch.cat((xy, wh), 1), m.box)
+            box = (1 - iou).mean()
+            wanted[m.image, m.anchor, m.row, m.column] = iou.detach().clamp(min=0)
+            if self.nc > 1:
+                cls = self._class_loss(picked[:, 5:], m.cls)
+        obj = self._bce(p[..., 4].float(), wanted, self.options.obj_pw) * balance
+        return torch.stack((box, obj, cls))
+
+    def _class_loss(self, logits: Tensor, cls: Tensor) -> Tensor:
+        eps = self.options.label_smoothing
+        wanted = torch.full_like(logits, 0.5 * eps)
+        wanted[torch.arange(len(cls), device=cls.device), cls] = 1 - 0.5 * eps
+        return self._bce(logits, wanted, self.options.cls_pw)
+
+    def _bce(self, logits: Tensor, wanted: Tensor, positive: float) -> Tensor:
+        """Mean binary cross-entropy; focal (Lin et al. 2017, alpha 0.25) where `fl_gamma` > 0."""
+        weight = None if positive == 1 else logits.new_tensor([positive])
+        gamma = self.options.fl_gamma
+        if gamma <= 0:
+            return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight, reduction="none")
+        p = logits.sigmoid()
+        p_true = wanted * p + (1 - wanted) * (1 - p)
+        alpha = wanted * 0.25 + (1 - wanted) * 0.75
+        return (loss * alpha * (1 - p_true) ** gamma).mean()
