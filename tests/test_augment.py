@@ -12,6 +12,7 @@ import yaml
 
 from utils.augment import (
     AugmentOptions,
+    _random_matrix,
     flip_left_right,
     flip_up_down,
     jitter_hsv,
@@ -20,6 +21,7 @@ from utils.augment import (
     mixup,
     mosaic4,
     random_perspective,
+    resize_long_side,
     to_centres,
     to_corners,
 )
@@ -65,9 +67,10 @@ def test_letterbox_geometry(size, shape, options, out, gain, pad):
 
 
 def test_letterbox_puts_the_smaller_half_of_odd_padding_first():
-    boxed, _, _ = letterbox(np.full((427, 640, 3), 255, np.uint8), (640, 640))
-    rows = boxed[:, 0, 0]
-    assert (rows[:106] == 114).all() and (rows[106:533] == 255).all() and (rows[533:] == 114).all()
+    wide, _, _ = letterbox(np.full((427, 640, 3), 255, np.uint8), (640, 640))
+    high, _, _ = letterbox(np.full((640, 427, 3), 255, np.uint8), (640, 640))
+    for line in (wide[:, 0, 0], high[0, :, 0]):
+        assert (line[:106] == 114).all() and (line[106:533] == 255).all() and (line[533:] == 114).all()
 
 
 def test_letterbox_maps_boxes_there_and_back():
@@ -106,11 +109,40 @@ def test_perspective_moves_boxes_with_their_pixels(options, seed):
     np.testing.assert_allclose(moved[0, 1:], pixels(warped, (0, 255, 0)), atol=2)
 
 
+@pytest.mark.parametrize(
+    ("size", "imgsz", "out"), [((427, 640), 320, (214, 320)), ((77, 30), 320, (320, 125)), ((1000, 3), 320, (320, 1))]
+)
+def test_long_side_is_exact_and_the_other_rounded_up(size, imgsz, out):
+    image = np.zeros((*size, 3), np.uint8)
+    assert resize_long_side(image, imgsz, smooth=True).shape[:2] == out
+    assert resize_long_side(image, max(size), smooth=True) is image
+
+
+def test_long_side_is_exact_for_every_size():
+    for long_side in range(10, 700):
+        assert resize_long_side(np.zeros((long_side, 1, 3), np.uint8), 320, smooth=False).shape[0] == 320
+
+
 def test_perspective_without_strength_changes_nothing():
     image, corners = painted(64, 64, (8, 8, 20, 30), (0, 255, 0))
     warped, moved = random_perspective(image, corners, np.random.default_rng(0), STILL)
     assert warped is image
     np.testing.assert_array_equal(moved, corners)
+
+
+def test_matrix_is_shift_shear_rotation_tilt_centre():
+    options = AugmentOptions(degrees=30, scale=0.5, shear=10, translate=0.2, perspective=0.001)
+    matrix, zoom = _random_matrix(np.random.default_rng(3), options, (100, 200), (60, 80))
+    tilt, turn, scale, shear, shift = np.split(np.random.default_rng(3).uniform(-1, 1, 8), (2, 3, 4, 6))
+    assert zoom == pytest.approx(1 + 0.5 * scale[0])
+    centre, perspective, rotation, slant, move = (np.eye(3) for _ in range(5))
+    centre[:2, 2] = -100, -50
+    perspective[2, :2] = 0.001 * tilt
+    rotation[:2] = cv2.getRotationMatrix2D((0, 0), 30 * turn[0], zoom)
+    slant[(0, 1), (1, 0)] = np.tan(np.deg2rad(10 * shear))
+    move[:2, 2] = (0.5 + 0.2 * shift) * (80, 60)
+    by_hand = move @ slant @ rotation @ perspective @ centre
+    np.testing.assert_allclose(matrix, by_hand, atol=1e-9)
 
 
 def test_perspective_crops_a_larger_canvas_to_its_middle():
@@ -222,14 +254,15 @@ def test_mixup_blends_near_the_middle_and_joins_boxes():
     assert np.std(ratios) == pytest.approx(0.062, abs=0.01)
 
 
-def test_hsv_jitter_multiplies_each_channel():
+@pytest.mark.parametrize("seed", range(4))
+def test_hsv_jitter_multiplies_each_channel(seed):
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     options = replace(STILL, hsv_h=0.1, hsv_s=0.7, hsv_v=0.4)
-    gains = 1 + np.random.default_rng(5).uniform(-1, 1, 3) * (0.1, 0.7, 0.4)
+    gains = 1 + np.random.default_rng(seed).uniform(-1, 1, 3) * (0.1, 0.7, 0.4)
     scaled = cv2.cvtColor(image, cv2.COLOR_BGR2HSV) * gains
     scaled[..., 0] %= 180
     expected = cv2.cvtColor(np.clip(scaled, 0, 255).astype(np.uint8), cv2.COLOR_HSV2BGR)
-    found = jitter_hsv(image, np.random.default_rng(5), options)
+    found = jitter_hsv(image, np.random.default_rng(seed), options)
     assert np.abs(found.astype(int) - expected).max() <= 1
     assert (found != image).any()
 

@@ -297,7 +297,7 @@ def test_a_box_among_polygons_is_read_as_two_points_and_noted():
 
 BAD_LABELS = [
     ("0 0.5 0.5 0.1\n", "row 1 has 4 columns"),
-    ("0 0.5 0.5 0.1 0.1 0.9\n", "row 1 has 6 columns"),
+    ("0 0.5 0.5 0.1 0.1 0.9\n", "row 1 has 6 columns; a box has 5"),
     ("0 0.5 0.5 0.1 nan\n", "not a finite number"),
     ("0 0.5 -0.5 0.1 0.1\n", "negative value -0.5"),
     ("-1 0.5 0.5 0.1 0.1\n", "negative value -1"),
@@ -438,11 +438,11 @@ def test_evaluation_sample_maps_back_to_the_original(split):
 
 def test_evaluation_pixels_are_the_resized_rgb_image(split):
     labels = scan_labels(split)
-    dataset = DetectionDataset(labels, DatasetOptions(imgsz=30))  # 40x60 shrinks to 20x30
+    dataset = DetectionDataset(labels, DatasetOptions(imgsz=36))  # 40x60 shrinks to 24x36
     image = dataset[0, 0].image.numpy()
-    expected = cv2.resize(load_image(labels.images[0]), (30, 20), interpolation=cv2.INTER_AREA)[..., ::-1]
-    np.testing.assert_array_equal(image[:, 5:25], expected.transpose(2, 0, 1))
-    assert (image[:, :5] == 114).all() and (image[:, 25:] == 114).all()
+    expected = cv2.resize(load_image(labels.images[0]), (36, 24), interpolation=cv2.INTER_AREA)[..., ::-1]
+    np.testing.assert_array_equal(image[:, 6:30], expected.transpose(2, 0, 1))
+    assert (image[:, :6] == 114).all() and (image[:, 30:] == 114).all()
 
 
 def test_rectangular_batches(split):
@@ -520,6 +520,7 @@ def test_batches_depend_on_seed_and_epoch_but_not_on_workers(split):
     drawn = torch.rand(1)
     assert all(equal(one, two) for one, two in zip(by_epoch[0], by_epoch[2], strict=True))
     assert not any(equal(one, two) for one, two in zip(by_epoch[0], by_epoch[1], strict=True))
+    assert not torch.equal(alone.dataset[0, 0].image, alone.dataset[1, 0].image)
     other = list(make_loader(DetectionDataset(labels, replace(options, seed=4)), 0, shuffle=True).epoch(0))
     assert not equal(other[0], by_epoch[0][0])
     torch.manual_seed(0)

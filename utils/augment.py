@@ -142,14 +142,16 @@ def letterbox(
 
 
 def resize_long_side(image: np.ndarray, imgsz: int, *, smooth: bool) -> np.ndarray:
-    """Resize so that the long side is imgsz; `smooth` averages areas when shrinking, as YOLOv5 does for evaluation."""
+    """Resize so that the long side is imgsz, the other rounded up (YOLOv5 after v7.0; v7.0 rounded down).
+
+    `smooth` averages areas when shrinking, as YOLOv5 does for evaluation.
+    """
     height, width = image.shape[:2]
     ratio = imgsz / max(height, width)
     if ratio == 1:
         return image
-    # The long side is set, not computed: in floating point it may fall a pixel short.
-    new_height = imgsz if height >= width else max(int(height * ratio), 1)
-    new_width = imgsz if width >= height else max(int(width * ratio), 1)
+    # In floating point even the long side may come out above imgsz.
+    new_width, new_height = (min(math.ceil(side * ratio), imgsz) for side in (width, height))
     interpolation = cv2.INTER_AREA if smooth and ratio < 1 else cv2.INTER_LINEAR
     return cv2.resize(image, (new_width, new_height), interpolation=interpolation)
 
