@@ -32,7 +32,7 @@ Canvas = NDArray[np.uint8]  # (S, S, 3) BGR
 Indices = NDArray[np.int64]
 Box = tuple[int, int, int, int]  # xyxy px, x2 and y2 exclusive
 
-VERSION = 2  # raise it whenever the same options would give other bytes
+VERSION = 1  # raise it whenever the same options would give other bytes
 STAMP = "digits.json"
 SPLITS = ("train", "val")
 SMALLEST_IMAGE = 96  # px; below it the smallest digits have fewer pixels than their scans
@@ -270,7 +270,8 @@ def pick_ink(rng: Generator, patch: Array) -> Array | None:
     """Return a colour (3,) lighter than nearly all of `patch` (h, w, 3) by `CONTRAST_FLOOR`; else None."""
     luma = np.sort(patch @ LUMA, axis=None)
     high = luma[int(0.95 * len(luma))]
-    colours = rng.uniform([[40]] * 11 + [[215]], 255, (12, 3)).astype(np.float32)  # any colour first, then a nearly white one
+    lowest = [[40]] * 11 + [[215]]  # any colour first, then a nearly white one: on a busy patch only that stands out
+    colours = rng.uniform(lowest, 255, (12, 3)).astype(np.float32)
     clear = colours @ LUMA > high + CONTRAST_FLOOR
     return colours[clear.argmax()] if clear.any() else None
 

@@ -224,7 +224,8 @@ class GammaLog(Observer):
     def _advise(self, loop: Loop, strength: float) -> None:
         if self.term is None or not self.term.options.strength or self.advised:
             return
-        text = advice(self.shares, self.fitness, self.start, loop.options.epochs, self.term.options.strength)
+        medians = [float(np.median(g)) for g in self.history]
+        text = advice(medians, self.shares, self.fitness, loop.options.epochs, self.term.options.strength)
         if text:
             LOGGER.info(text)
             self.advised = True

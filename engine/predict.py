@@ -66,7 +66,7 @@ class Predictor:
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) BGR uint8 -> (n, 6): corners in pixels of the image, confidence, class; best first."""
         o = self.options
-        boxed, gain, pad = letterbox(image, (self.imgsz, self.imgsz), stride=self.network.max_stride)
+        boxed, gain, pad = letterbox(image, (self.imgsz, self.imgsz), auto_stride=self.network.max_stride)
         planes = torch.from_numpy(np.ascontiguousarray(boxed.transpose(2, 0, 1)[::-1]))[None]
         with self.precision.autocast():
             maps = self.network(self.precision.images(planes))

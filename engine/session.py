@@ -23,7 +23,7 @@ from engine.seams import Objective, Seams
 from models.blocks import Blocks, flops, parameters, strides
 from models.cfg import read_cfg_text, write_cfg
 from models.checkpoint import Model, load_model, read_structure, transfer
-from models.network import Network, fuse, init_detect_biases, replace_anchors
+from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors
 from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised
 from utils import plots
 from utils.anchors import autoanchor, label_sizes
@@ -86,7 +86,7 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None) -> Path:
     data = _read_data(options, max(32, max(strides(blocks))))
     if not resumed:
         blocks = _for_data(blocks, data, hyp, options)
-    network = _network(blocks, state, options)
+    network = _network(blocks, state, options, hyp)
     precision = training_precision(device, options.amp)
     network.to(device, memory_format=torch.channels_last)
     loop, seams_folder = _assemble(network, data, hyp, options, precision, folder)
@@ -142,9 +142,10 @@ def _for_data(blocks: Blocks, data: _Data, hyp: dict[str, float], options: Train
     return replace_anchors(blocks, [[(float(w), float(h)) for w, h in level.astype(np.float32)] for level in found])
 
 
-def _network(blocks: Blocks, state: dict | None, options: TrainOptions) -> Network:
+def _network(blocks: Blocks, state: dict | None, options: TrainOptions, hyp: dict[str, float]) -> Network:
     network = Network(blocks)
     init_detect_biases(network)
+    init_gammas(network, hyp["gamma_init"])
     if state is not None:
         LOGGER.info(f"{transfer(state, network, skip_anchors=True)} from {options.weights}")
     frozen = range(options.freeze[0]) if len(options.freeze) == 1 else options.freeze
@@ -248,13 +249,16 @@ def _prepare_folder(folder: Path, options: TrainOptions, hyp: dict[str, float], 
     write_text(folder / "opt.yaml", yaml.safe_dump(saved, sort_keys=False))
     write_text(folder / "hyp.yaml", yaml.safe_dump(hyp, sort_keys=False))
     if not (folder / "labels.jpg").exists():
-        plots.plot_labels(np.concatenate(data.train.labels), data.names, folder / "labels.jpg")
+        labels = np.concatenate(data.train.labels)
+        plots.plot_labels(labels, data.names, folder / "labels.jpg")
+        plots.plot_labels_correlogram(labels, folder / "labels_correlogram.jpg")
 
 
 def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precision: Precision, folder: Path) -> Path:
-    """Strip the checkpoints, evaluate the best once more with pictures, and say where everything is."""
+    """Strip the checkpoints, evaluate the one that counts once more with pictures, and say where everything is."""
     checkpoints.strip()
-    best = checkpoints.best if checkpoints.best.exists() else checkpoints.last
+    # The best epoch of a sparsity training is usually its first, when nothing is sparse yet: what counts there is the last.
+    best = checkpoints.best if checkpoints.best.exists() and options.sr is None else checkpoints.last
     model = load_model(best)
     network = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
     validation = DatasetOptions(data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls)
@@ -264,5 +268,5 @@ def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precis
     write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, data.imgsz))
     plot_evaluation(evaluation, data.names, folder)
     plots.plot_results(folder / "results.csv", folder / "results.png")
-    LOGGER.info(f"weights: {best} and {checkpoints.last.name} beside it\nresults saved to {folder}")
+    LOGGER.info(f"weights: {checkpoints.last} and {checkpoints.best.name} beside it; the figures above are those of {best.name}\nresults saved to {folder}")
     return folder

@@ -95,18 +95,21 @@ def near_zero_share(layers: list[np.ndarray]) -> float:
     return small / max(sum(len(g) for g in layers), 1)
 
 
-def advice(shares: list[float], fitness: list[float], start: float, epochs: int, strength: float) -> str | None:
-    """Judge the strength after a few epochs. `shares`: near-zero share per epoch; `fitness` per epoch; `start`: share before training.
+def advice(medians: list[float], shares: list[float], fitness: list[float], epochs: int, strength: float) -> str | None:
+    """Judge the strength after a few epochs and say what to try; None while it is too early to tell or all is well.
 
-    Returns a sentence with what to try, or None while it is too early to tell or all is well.
+    `medians`: median |gamma| before training and after each epoch; `shares`, `fitness`: near-zero share and fitness after each epoch.
+    Gammas shrink all together before the first of them arrives near zero, so weakness shows in the median's pace, not in the share.
     """
     done = len(shares)
     if done < max(2, epochs // 4) or done >= epochs:
         return None
-    pace = (shares[-1] - start) / done * epochs
-    peak = max(fitness)
-    if peak > 0.05 and fitness[-1] < 0.7 * peak and shares[-1] > 0.2:
-        return f"strength {strength:g} looks too strong: fitness fell from {peak:.3f} to {fitness[-1]:.3f}; try --sr {strength / 3:.2g}"
-    if start + pace < 0.2:
-        return f"strength {strength:g} looks too weak: {shares[-1]:.1%} of the gammas are near zero after {done} epochs; try --sr {strength * 3:.2g}, or more epochs"
+    if fitness[-1] < 0.2 * max(fitness) and shares[-1] > 0.3:
+        return f"sparsity strength {strength:g} looks too strong: fitness fell from {max(fitness):.3f} to {fitness[-1]:.3f}; try --sr {strength / 3:.2g}"
+    projected = 1 - (1 - medians[-1] / max(medians[0], 1e-12)) * epochs / done
+    if shares[-1] < 0.05 and projected > 0.5:
+        return (
+            f"sparsity strength {strength:g} looks too weak: the median gamma is at {medians[-1] / medians[0]:.0%} of its start after {done} of {epochs} epochs; "
+            f"try --sr {strength * 3:.2g}, or more epochs"
+        )
     return None

@@ -1,6 +1,7 @@
 """Pictures of data, training, metrics and pruning; each `plot_*` saves one file and returns nothing.
 
-Matplotlib is imported where it is used, and drawn through `Figure`, so no display, backend or pyplot state is involved.
+Matplotlib is imported where it is used, and drawn through `Figure`, so no display, backend or pyplot state is involved (but for
+seaborn's pair plot).
 Boxes are drawn with OpenCV, whose fonts know ASCII only: other characters of a class name appear as `?`.
 """
 
@@ -283,6 +284,20 @@ def plot_labels(labels: np.ndarray, names: Names, path: str | Path) -> None:
     _density(figure, panels["sizes"], labels[:, 3:5])
     _tidy(panels["sizes"], "Sizes", "width", "height")
     _save(figure, path)
+
+
+def plot_labels_correlogram(labels: np.ndarray, path: str | Path, most: int = 5000) -> None:
+    """Save pairwise histograms of centre and size of `labels` (n, 5), shares of the image's sides; at most `most` of them, evenly picked."""
+    import matplotlib
+    import pandas
+    import seaborn
+
+    matplotlib.use("Agg")  # seaborn draws through pyplot
+    picked = labels[np.linspace(0, len(labels) - 1, min(len(labels), most)).astype(int), 1:] if len(labels) else labels[:, 1:]
+    frame = pandas.DataFrame(picked, columns=["x", "y", "width", "height"])
+    grid = seaborn.pairplot(frame, corner=True, diag_kind="hist", kind="hist", diag_kws={"bins": 40}, plot_kws={"bins": 40, "pmax": 0.9}, height=1.8)
+    grid.figure.savefig(path, dpi=150)
+    matplotlib.pyplot.close(grid.figure)
 
 
 def _density(figure: Figure, axes: Axes, points: np.ndarray) -> None:

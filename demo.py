@@ -1,0 +1,96 @@
+"""The whole path on the shipped digits, by the commands that a user would type: train, sparsify, prune four ways, fine-tune, detect.
+
+    python demo.py            (or `make demo`)
+
+Results go to `runs/demo/`: a folder per step, `table.md`, `results.json` and `demo.png`. A step that is done is not repeated;
+delete its folder (or all of `runs/demo`) to run it again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import InputError, run_script
+from utils.flags import Argv, parser
+from utils.log import LOGGER
+
+ROOT = Path(__file__).resolve().parent
+RUNS = Path("runs/demo")
+DATA = "--data data/digits.yaml --img 128"
+TRAIN = f"{DATA} --batch 16 --cache ram --workers 1 --optimizer AdamW --project {RUNS}"
+EPOCHS = {"base": 12, "sparse": 10, "finetune": 8, "distill": 8, "scratch": 12}
+PERCENT = {"prune": 0.5, "shortcut_prune": 0.5, "slim_prune": 0.5, "slim_prune_8x": 0.5}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command; `done` is the file whose presence shows that it has finished, and is written last."""
+
+    name: str
+    what: str
+    command: str
+    done: Path
+
+
+def steps() -> list[Step]:
+    """Every step of the demo, in order."""
+    sparse = RUNS / "sparse/weights/last.pt"
+    pair = RUNS / f"slim_prune_8x/prune_{PERCENT['slim_prune_8x']:g}_keep_0.01_8x_last"
+    teacher = RUNS / "base/weights/best.pt"
+    tuned = f"finetune_pruned.py --weights {pair}.pt --hyp hyp.digits-finetune.yaml --cos-lr {TRAIN}"
+    scratch = f"train.py --cfg {pair}.cfg --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['scratch']} {TRAIN} --name scratch"
+    return [
+        _train("base", "train", f"train.py --cfg models/yolov5n.yaml --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['base']} {TRAIN} --name base"),
+        _train("sparse", "train sparsely", f"train_sparsity.py --weights {teacher} --hyp hyp.digits-sparse.yaml --epochs {EPOCHS['sparse']} --cos-lr --sr 0.08 --sr-decay --prune 1 {TRAIN} --name sparse"),
+        *(_prune(name, percent, sparse) for name, percent in PERCENT.items()),
+        _train("finetune", "fine-tune", f"{tuned} --epochs {EPOCHS['finetune']} --name finetune"),
+        _train("distill", "fine-tune with distillation", f"{tuned} --epochs {EPOCHS['distill']} --distill --t_weight {teacher} --name distill"),
+        _train("scratch", "train the pruned cfg from scratch", scratch),
+        Step("detect", "detect", f"prune_detect.py --weights {RUNS}/distill/weights/best.pt --source data/generated/digits/images/val --conf 0.4 --line-thickness 1 --save-txt --project {RUNS} --name detect --exist-ok", RUNS / "detect/.done"),
+    ]  # fmt: skip
+
+
+def _train(name: str, what: str, command: str) -> Step:
+    return Step(name, what, f"{command} --exist-ok", RUNS / name / "results.png")
+
+
+def _prune(name: str, percent: float, weights: Path) -> Step:
+    flag = "global_percent" if name.startswith("slim") else "percent"
+    command = f"{name}.py --weights {weights} --{flag} {percent:g} {DATA} --project {RUNS} --name {name} --exist-ok"
+    return Step(name, f"prune: {name}.py", command, RUNS / name / "report.json")
+
+
+def main(argv: Argv = None) -> None:
+    parser(__doc__).parse_args(argv)
+    started = time.time()
+    todo = steps()
+    for number, step in enumerate(todo, start=1):
+        LOGGER.info(f"\n=== {number}/{len(todo)} {step.what} [{time.time() - started:.0f} s] ===")
+        if step.done.exists():
+            LOGGER.info(f"done before ({step.done}); delete {step.done.parent} to run it again")
+            continue
+        LOGGER.info(f"$ python {step.command}")
+        code = subprocess.run([sys.executable, *shlex.split(step.command)], cwd=ROOT, check=False).returncode
+        if code:
+            raise InputError(f"the step {step.name!r} failed with exit code {code}; run it again with: python {step.command}")
+        if not step.done.exists():
+            step.done.touch()
+    from engine.demo_report import report
+
+    report(ROOT / RUNS, EPOCHS)
+    LOGGER.info(f"\nfinished in {time.time() - started:.0f} s; table, pictures and every run are in {RUNS}")
+
+
+def results() -> dict:
+    """`results.json` of a finished demo."""
+    return json.loads((ROOT / RUNS / "results.json").read_text())
+
+
+if __name__ == "__main__":
+    run_script(main)
