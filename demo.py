@@ -8,8 +8,8 @@ delete its folder (or all of `runs/demo`) to run it again.
 
 from __future__ import annotations
 
-import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import InputError, run_script
+from utils.files import write_text
 from utils.flags import Argv, parser
 from utils.log import LOGGER
 
@@ -25,6 +26,7 @@ RUNS = Path("runs/demo")
 DATA = "--data data/digits.yaml --img 128"
 TRAIN = f"{DATA} --batch 16 --cache ram --workers 1 --optimizer AdamW --project {RUNS}"
 EPOCHS = {"base": 12, "sparse": 10, "finetune": 8, "distill": 8, "scratch": 12}
+MARKERS = ("<!-- demo table: written by `python demo.py --publish` -->", "<!-- end of demo table -->")
 PERCENT = {"prune": 0.5, "shortcut_prune": 0.5, "slim_prune": 0.5, "slim_prune_8x": 0.5}
 
 
@@ -67,7 +69,11 @@ def _prune(name: str, percent: float, weights: Path) -> Step:
 
 
 def main(argv: Argv = None) -> None:
-    parser(__doc__).parse_args(argv)
+    p = parser(__doc__)
+    p.add_argument("--publish", action="store_true", help="copy a finished demo's figures and picture into docs/demo and the README")
+    if p.parse_args(argv).publish:
+        publish()
+        return
     started = time.time()
     todo = steps()
     for number, step in enumerate(todo, start=1):
@@ -87,9 +93,17 @@ def main(argv: Argv = None) -> None:
     LOGGER.info(f"\nfinished in {time.time() - started:.0f} s; table, pictures and every run are in {RUNS}")
 
 
-def results() -> dict:
-    """`results.json` of a finished demo."""
-    return json.loads((ROOT / RUNS / "results.json").read_text())
+def publish() -> None:
+    """Put the table of `runs/demo` into the README, and its results and picture into docs/demo."""
+    source, target, readme = ROOT / RUNS, ROOT / "docs" / "demo", ROOT / "README.md"
+    if not (source / "results.json").exists():
+        raise InputError(f"{RUNS}/results.json is not there; run `make demo` first")
+    for name in ("results.json", "demo.png"):
+        shutil.copyfile(source / name, target / name)
+    before, rest = readme.read_text(encoding="utf-8").split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    table = (source / "table.md").read_text(encoding="utf-8")
+    write_text(readme, f"{before}{MARKERS[0]}\n{table}{MARKERS[1]}{after}")
 
 
 if __name__ == "__main__":

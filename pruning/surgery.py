@@ -7,6 +7,7 @@ consumers and for the interior pixels of larger ones; at a zero-padded border it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -28,22 +29,30 @@ def fold_constants(blocks: Blocks, state: State, spaces: Spaces, mask: np.ndarra
     state = dict(state)
     carried: list[Tensor] = []  # per block: what each output channel lacks once removed channels are zero
     for block, ids in zip(blocks, spaces.channels):
-        keep = torch.from_numpy(mask[ids])
         inputs = [carried[i] for i in block.inputs]
-        if block.kind in ("convolutional", "batchnorm"):
-            carried.append(_fold_into(block, state, inputs[0], keep))
-        elif block.kind == "shortcut":
-            carried.append(sum(inputs[1:], inputs[0]))
-        elif block.kind == "route":
-            joined = torch.cat(inputs)
-            carried.append(joined if block.slice is None else joined[slice(*block.slice)])
-        elif block.kind == "focus":
-            carried.append(inputs[0].repeat(4))
-        elif block.kind == "input":
+        if block.kind == "input":
             carried.append(torch.zeros(block.channels, dtype=torch.float64))
+        elif block.kind in ("convolutional", "batchnorm"):
+            carried.append(_fold_into(block, state, inputs[0], torch.from_numpy(mask[ids])))
         else:
-            carried.append(inputs[0])
+            carried.append(_CARRY[block.kind](block, inputs))
     return state
+
+
+def _carry_route(block: Block, inputs: list[Tensor]) -> Tensor:
+    joined = torch.cat(inputs)
+    return joined if block.slice is None else joined[slice(*block.slice)]
+
+
+# How the constants of the inputs pass through a block without parameters.
+_CARRY: dict[str, Callable[[Block, list[Tensor]], Tensor]] = {
+    "shortcut": lambda block, inputs: sum(inputs[1:], inputs[0]),
+    "route": _carry_route,
+    "focus": lambda block, inputs: inputs[0].repeat(4),
+    "upsample": lambda block, inputs: inputs[0],
+    "maxpool": lambda block, inputs: inputs[0],
+    "yolo": lambda block, inputs: inputs[0],
+}
 
 
 def _fold_into(block: Block, state: State, carried: Tensor, keep: Tensor) -> Tensor:

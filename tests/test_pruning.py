@@ -7,15 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from models.blocks import Blocks
+from models.blocks import Block, Blocks, check
 from models.network import Network
-from models.yaml_reader import from_spec
 from pruning import surgery
-from pruning.masked import largest_difference, masked_network
+from pruning.masked import largest_difference, masked_network, zero_gamma
 from pruning.policy import PrunePolicy, Selection, gamma_scores, keep_reason, select_masks
 from pruning.spaces import KeepReason, Spaces, find_spaces
 from pruning.surgery import fold_constants, prune
-from tests.helpers import SMALL_YAML, alive, random_blocks, small, stock, with_module
+from tests.helpers import alive, random_blocks, small, stock, with_module
 from utils.errors import InputError
 
 POLICIES = {
@@ -89,26 +88,45 @@ def test_oracle_of_every_module(module: str, policy: str) -> None:
         assert sum(b.channels for b in pruned) < sum(b.channels for b in blocks)
 
 
-def test_folding_is_exact_for_one_by_one_consumers() -> None:
-    """Gamma at zero leaves act(beta) behind; folded into 1x1 consumers nothing at all is lost."""
-    spec = SMALL_YAML | {"backbone": [[-1, 1, "Conv", [32, 4, 4, 0]], [-1, 1, "Conv", [64, 1]], [-1, 1, "SPPF", [64, 5]], [-1, 1, "Conv", [64, 2, 2, 0]]],
-                         "head": [[-1, 1, "nn.Upsample", ["None", 2, "nearest"]], [[-1, 2], 1, "Concat", [1]], [-1, 1, "Conv", [64, 1]],
-                                  [[6, 3], 1, "Detect", ["nc", "anchors"]]]}  # fmt: skip
-    blocks = from_spec(spec, "pointwise")
+def pointwise() -> Blocks:
+    """A detector whose constants pass through every kind of block and whose convolutions never see a padded border."""
+
+    def conv(name: int, x: int, channels: int, size: int = 1) -> Block:
+        return Block("convolutional", f"model.{name}", (x,), channels, size, size, 0, 1, "silu", True)
+
+    blocks = [
+        Block("input", channels=3), conv(1, 0, 16, 4), conv(2, 1, 16), Block("shortcut", "", (2, 1), 16), conv(4, 3, 12),
+        Block("maxpool", "", (4,), 12, 5, 1, 2), Block("route", "", (4, 5), 24), conv(7, 6, 16), conv(8, 7, 16, 2), conv(9, 8, 12),
+        Block("upsample", "", (9,), 12, stride=2), Block("route", "", (10, 7), 28), conv(12, 11, 16),
+        Block("convolutional", "model.13.m.0", (12,), 21, bias=True),
+        Block("yolo", "model.13", (13,), 21, anchors=((8.0, 9.0), (16.0, 12.0), (30.0, 40.0)), classes=2),
+    ]  # fmt: skip
+    return check(blocks)
+
+
+def gap_to_zeroed(blocks: Blocks) -> float:
+    """max |difference| / bound between the network with gamma at zero in the removed channels and the folded, pruned one."""
     network, spaces = alive(blocks), find_spaces(blocks)
-    mask = random_mask(spaces, 0)
-    state = network.state_dict()
-    for index, block in enumerate(blocks):
-        if block.has_gamma:
-            state[f"{block.bn_path}.weight"][~torch.from_numpy(mask[spaces.channels[index]])] = 0
+    mask, state = random_mask(spaces, 0), network.state_dict()
     zeroed = Network(blocks).eval()
-    zeroed.load_state_dict(state)
+    zeroed.load_state_dict(zero_gamma(blocks, state, spaces, mask))
     small_blocks, small_state = prune(blocks, fold_constants(blocks, state, spaces, mask), spaces, mask)
     pruned = Network(small_blocks).eval()
     pruned.load_state_dict(small_state)
     difference, bound = largest_difference(zeroed, pruned, torch.rand(2, 3, 64, 64))
-    assert difference <= bound
+    return difference / bound
 
+
+def test_folding_is_exact_without_padded_borders() -> None:
+    """Gamma at zero leaves act(beta) behind; folded into its consumers nothing at all is lost."""
+    assert gap_to_zeroed(pointwise()) <= 1
+
+
+@pytest.mark.parametrize("kind", ["route", "shortcut", "upsample", "maxpool"])
+def test_folding_needs_its_rule_for_every_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    carry = surgery._CARRY[kind]
+    monkeypatch.setitem(surgery._CARRY, kind, lambda block, inputs: torch.zeros_like(carry(block, inputs)))
+    assert gap_to_zeroed(pointwise()) > 10
 
 
 _original_norm, _original_conv, _original_fold = surgery._slice_norm, surgery._slice_conv, surgery._fold_into
@@ -149,22 +167,6 @@ def test_spaces_without_a_rule_fail_the_oracle(kind: str) -> None:
         assert_oracle(blocks, alive(blocks), mask, wrong)
 
 
-@pytest.mark.parametrize("kind", ["route", "shortcut", "upsample", "maxpool"])
-def test_folding_follows_every_kind(kind: str) -> None:
-    """A constant that a removed channel carries reaches the consumer's mean through each kind of block."""
-    blocks = small()
-    network, spaces = alive(blocks), find_spaces(blocks)
-    mask = random_mask(spaces, 0, share=0.6)
-    passing = [i for i, b in enumerate(blocks) if b.kind == kind and not mask[spaces.channels[i]].all()]
-    assert passing
-    before, after = network.state_dict(), fold_constants(blocks, network.state_dict(), spaces, mask)
-    readers = [b for b in blocks if b.kind == "convolutional" and b.batch_norm and set(b.inputs) & set(passing)]
-    assert readers
-    for reader in readers:
-        key = f"{reader.bn_path}.running_mean"
-        assert (before[key] - after[key]).abs().max() > 1e-3
-
-
 # ---- spaces --------------------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +174,7 @@ def test_golden_space_table_of_yolov5n() -> None:
     blocks = stock("n")
     table = [(" + ".join(blocks[i].name for i in s.producers), s.width, s.tied) for s in find_spaces(blocks).spaces if s.keep is None]
     assert len(table) == 50
-    assert sum(width for _, width, _ in table) == 4136
+    assert sum(width for _, width, _ in table) == 4352
     assert [row for row in table if row[2]] == [
         ("model.2.cv1 + model.2.m.0.cv2", 16, True),
         ("model.4.cv1 + model.4.m.0.cv2 + model.4.m.1.cv2", 32, True),
