@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent
 RUNS = Path("runs/demo")
 DATA = "--data data/digits.yaml --img 128"
 TRAIN = f"{DATA} --batch 16 --cache ram --workers 1 --optimizer AdamW --project {RUNS}"
-EPOCHS = {"base": 12, "sparse": 10, "finetune": 8, "distill": 8, "scratch": 12}
+EPOCHS = {"base": 13, "sparse": 11, "finetune": 6, "distill": 6, "scratch": 13}
 MARKERS = ("<!-- demo table: written by `python demo.py --publish` -->", "<!-- end of demo table -->")
-PERCENT = {"prune": 0.5, "shortcut_prune": 0.5, "slim_prune": 0.5, "slim_prune_8x": 0.5}
+PERCENT = {"prune": 0.6, "shortcut_prune": 0.6, "slim_prune": 0.7, "slim_prune_8x": 0.7}
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def steps() -> list[Step]:
     pair = RUNS / f"slim_prune_8x/prune_{PERCENT['slim_prune_8x']:g}_keep_0.01_8x_last"
     teacher = RUNS / "base/weights/best.pt"
     tuned = f"finetune_pruned.py --weights {pair}.pt --hyp hyp.digits-finetune.yaml --cos-lr {TRAIN}"
-    scratch = f"train.py --cfg {pair}.cfg --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['scratch']} {TRAIN} --name scratch"
+    scratch = f"train.py --cfg {pair}.cfg --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['scratch']} --cos-lr {TRAIN} --name scratch"
     return [
-        _train("base", "train", f"train.py --cfg models/yolov5n.yaml --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['base']} {TRAIN} --name base"),
-        _train("sparse", "train sparsely", f"train_sparsity.py --weights {teacher} --hyp hyp.digits-sparse.yaml --epochs {EPOCHS['sparse']} --cos-lr --sr 0.08 --sr-decay --prune 1 {TRAIN} --name sparse"),
+        _train("base", "train", f"train.py --cfg models/yolov5n.yaml --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['base']} --cos-lr {TRAIN} --name base"),
+        _train("sparse", "train sparsely", f"train_sparsity.py --weights {teacher} --hyp hyp.digits-sparse.yaml --epochs {EPOCHS['sparse']} --cos-lr --sr 0.015 --sr-decay --prune 1 {TRAIN} --name sparse"),
         *(_prune(name, percent, sparse) for name, percent in PERCENT.items()),
         _train("finetune", "fine-tune", f"{tuned} --epochs {EPOCHS['finetune']} --name finetune"),
         _train("distill", "fine-tune with distillation", f"{tuned} --epochs {EPOCHS['distill']} --distill --t_weight {teacher} --name distill"),

@@ -55,13 +55,17 @@ class Progress(Observer):
 
 
 class CsvLog(Observer):
-    """`results.csv` in YOLOv5's columns, one row per epoch; the file is rewritten whole, so an epoch never stands in it twice."""
+    """`results.csv` in YOLOv5's columns, one row per epoch; the file is rewritten whole, so an epoch never stands in it twice.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `metrics` are the columns of the evaluation; they read nan in an epoch without one.
+    """
+
+    def __init__(self, path: Path, metrics: Sequence[str]) -> None:
+        self.path, self.metrics = path, metrics
 
     def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
-        values = {"epoch": record.epoch, **record.losses, **record.metrics, **record.rates}
+        metrics = {name: record.metrics.get(name, float("nan")) for name in self.metrics}
+        values = {"epoch": record.epoch, **record.losses, **metrics, **record.rates}
         rows = self.path.read_text(encoding="utf-8").splitlines()[1:] if record.epoch and self.path.exists() else []
         rows = [row for row in rows if int(row.split(",")[0]) < record.epoch]
         header = ",".join(f"{name:>{CSV_WIDTH}}" for name in values)

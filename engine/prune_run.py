@@ -71,10 +71,11 @@ class _Bench:
     imgsz: int
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def measure(self, stage: str, network: Network) -> None:
+    def measure(self, stage: str, network: Network, blocks: Blocks) -> None:
+        """Evaluate `network`; `blocks` are its unfused ones, whose parameters and FLOPs are reported."""
         network = network.to(self.precision.device, memory_format=torch.channels_last)
         evaluation = evaluate(network, self.loader, self.precision, EvaluateOptions())
-        self.stages[stage] = metrics_of(evaluation, network.blocks, self.imgsz)
+        self.stages[stage] = metrics_of(evaluation, blocks, self.imgsz)
         m = self.stages[stage]
         LOGGER.info(f"{stage:>12}: mAP@.5 {m['map50']:.4f}  mAP@.5:.95 {m['map']:.4f}")
 
@@ -97,10 +98,10 @@ def run(options: PruneOptions) -> Path:
     masked = masked_network(blocks, folded, spaces, selection.mask)
     oracle = _check_oracle(masked, pruned.network(), model.network(), bench)
 
-    bench.measure("before", fuse(model.network()))
-    bench.measure("gamma_zero", fuse(replace(model, state=zero_gamma(blocks, state, spaces, selection.mask)).network()))
-    bench.measure("masked", masked)
-    bench.measure("pruned", fuse(pruned.network()))
+    bench.measure("before", fuse(model.network()), blocks)
+    bench.measure("gamma_zero", fuse(replace(model, state=zero_gamma(blocks, state, spaces, selection.mask)).network()), blocks)
+    bench.measure("masked", masked, blocks)
+    bench.measure("pruned", fuse(pruned.network()), pruned_blocks)
     _measure_cost(bench, model, pruned)
     LOGGER.info(_stage_table(bench))
     return _save(options, model, pruned, selection, layers, bench, oracle)

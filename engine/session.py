@@ -39,6 +39,9 @@ from utils.labels import LabelSet, scan_labels
 from utils.log import LOGGER
 from utils.loss import DetectionLoss, LossOptions
 
+# The columns of an evaluation in results.csv and TensorBoard: YOLOv5's names, in the order of `Evaluation.metrics()` and `losses`.
+METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95", "val/box_loss", "val/obj_loss", "val/cls_loss")
+
 
 @dataclass(frozen=True)
 class _Data:
@@ -205,10 +208,7 @@ def _objective(loss: DetectionLoss, options: TrainOptions, precision: Precision,
 def _evaluator(loader: EpochLoader, precision: Precision, options: TrainOptions, loss: DetectionLoss) -> Callable:
     def run(network: Network) -> tuple[float, dict[str, float]]:
         evaluation = evaluate(network, loader, precision, EvaluateOptions(single_cls=options.single_cls), loss)
-        m = evaluation.metrics()
-        names = {"precision": "metrics/precision", "recall": "metrics/recall", "map50": "metrics/mAP_0.5", "map": "metrics/mAP_0.5:0.95"}
-        logged = {names[k]: v for k, v in m.items()}
-        return evaluation.fitness, logged | dict(zip(("val/box_loss", "val/obj_loss", "val/cls_loss"), evaluation.losses))
+        return evaluation.fitness, dict(zip(METRICS, (*evaluation.metrics().values(), *evaluation.losses)))
 
     return run
 
@@ -219,7 +219,7 @@ def _seams(
     """Observers in order: what has state comes before the checkpoint that saves it."""
     board = TensorBoard(folder)
     checkpoints = Checkpoints(folder / "weights", data.names, data.imgsz, hyp, asdict(options), options.save_period, not options.nosave)
-    observers = [Progress(batches, options.epochs, objective.names, data.imgsz), BatchPictures(folder, data.names), CsvLog(folder / "results.csv"), board]
+    observers = [Progress(batches, options.epochs, objective.names, data.imgsz), BatchPictures(folder, data.names), CsvLog(folder / "results.csv", METRICS), board]
     seams = Seams()
     if options.sr is not None:
         term = _sparsity(network.blocks, hyp, options)

@@ -94,7 +94,9 @@ def load_model(weights: str | Path, cfg: str | Path | None = None) -> Model:
     """
     path = existing(weights, "--weights")
     try:
-        model = _from_official(path) if official.looks_official(path) else _from_ours(path)
+        # What is no zip at all goes to the stricter reader, which says what it is instead.
+        foreign = official.looks_official(path) or not official.is_zip_pickle(path)
+        model = _from_official(path) if foreign else _from_ours(path)
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error}); the file is truncated or not a checkpoint") from None
     if cfg:
