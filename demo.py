@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent
 RUNS = Path("runs/demo")
 DATA = "--data data/digits.yaml --img 128"
 TRAIN = f"{DATA} --batch 16 --cache ram --workers 1 --optimizer AdamW --project {RUNS}"
-EPOCHS = {"base": 13, "sparse": 11, "finetune": 6, "distill": 6, "scratch": 13}
+EPOCHS = {"base": 13, "sparse": 11, "finetune": 6, "distill": 6, "scratch": 12}
 MARKERS = ("<!-- demo table: written by `python demo.py --publish` -->", "<!-- end of demo table -->")
 PERCENT = {"prune": 0.6, "shortcut_prune": 0.6, "slim_prune": 0.7, "slim_prune_8x": 0.7}
 
@@ -44,15 +44,15 @@ def steps() -> list[Step]:
     """Every step of the demo, in order."""
     sparse = RUNS / "sparse/weights/last.pt"
     pair = RUNS / f"slim_prune_8x/prune_{PERCENT['slim_prune_8x']:g}_keep_0.01_8x_last"
-    teacher = RUNS / "base/weights/best.pt"
+    base = RUNS / "base/weights/best.pt"
     tuned = f"finetune_pruned.py --weights {pair}.pt --hyp hyp.digits-finetune.yaml --cos-lr {TRAIN}"
     scratch = f"train.py --cfg {pair}.cfg --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['scratch']} --cos-lr {TRAIN} --name scratch"
     return [
         _train("base", "train", f"train.py --cfg models/yolov5n.yaml --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['base']} --cos-lr {TRAIN} --name base"),
-        _train("sparse", "train sparsely", f"train_sparsity.py --weights {teacher} --hyp hyp.digits-sparse.yaml --epochs {EPOCHS['sparse']} --cos-lr --sr 0.015 --sr-decay --prune 1 {TRAIN} --name sparse"),
+        _train("sparse", "train sparsely", f"train_sparsity.py --weights {base} --hyp hyp.digits-sparse.yaml --epochs {EPOCHS['sparse']} --cos-lr --sr 0.015 --sr-decay --prune 1 {TRAIN} --name sparse"),
         *(_prune(name, percent, sparse) for name, percent in PERCENT.items()),
         _train("finetune", "fine-tune", f"{tuned} --epochs {EPOCHS['finetune']} --name finetune"),
-        _train("distill", "fine-tune with distillation", f"{tuned} --epochs {EPOCHS['distill']} --distill --t_weight {teacher} --name distill"),
+        _train("distill", "fine-tune with distillation", f"{tuned} --epochs {EPOCHS['distill']} --distill --t_weight {sparse} --name distill"),
         _train("scratch", "train the pruned cfg from scratch", scratch),
         Step("detect", "detect", f"prune_detect.py --weights {RUNS}/distill/weights/best.pt --source data/generated/digits/images/val --conf 0.4 --line-thickness 1 --save-txt --project {RUNS} --name detect --exist-ok", RUNS / "detect/.done"),
     ]  # fmt: skip

@@ -17,6 +17,7 @@ from models.blocks import flops, parameters
 from models.checkpoint import Model, load_model
 from models.network import fuse
 from pruning.policy import gamma_scores
+from pruning.sparsity import near_zero_share
 from utils.device import Precision
 from utils.files import megabytes, write_text
 from utils.plots import draw_boxes
@@ -29,7 +30,7 @@ ROWS = {
     "shortcut_prune": ("shortcut_prune.py, not tuned", None),
     "slim_prune": ("slim_prune.py, not tuned", None),
     "slim_prune_8x": ("slim_prune_8x.py, not tuned", None),
-    "finetune": ("8x, fine-tuned", "finetune/weights/best.pt"),
+    "finetune": ("**8x, fine-tuned**", "finetune/weights/best.pt"),
     "distill": ("**8x, fine-tuned with distillation**", "distill/weights/best.pt"),
     "scratch": ("the 8x cfg trained from scratch", "scratch/weights/best.pt"),
 }
@@ -66,8 +67,6 @@ def _figures(folder: Path, name: str, model: Model) -> dict[str, Any]:
 
 
 def _sparsity(folder: Path) -> dict[str, float]:
-    from pruning.sparsity import near_zero_share
-
     shares = {}
     for name in ("base", "sparse"):
         model = load_model(_weights(folder, name))
@@ -98,26 +97,26 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _picture(folder: Path, models: dict[str, Model], results: dict[str, Any]) -> None:
-    """Detections of the base and of the tuned pruned model, mAP against FLOPs, and the gammas before and after sparsity training."""
+    """Detections of the base and of the tuned pruned model, cost and accuracy of all, and the gammas before and after sparsity training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(13, 9.3), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(3, 12, height_ratios=(1, 1, 1.25))
+    above, below = figure.subfigures(2, 1, height_ratios=(5.4, 3.9))
     images = sorted(Path("data/generated/digits/images/val").glob("*.jpg"))[:5]
-    for row, (name, title) in enumerate((("base", "trained"), ("distill", "pruned 8x, distilled"))):
+    grid = above.subplots(2, len(images))
+    for row, (name, title) in enumerate((("base", "trained"), ("finetune", "pruned 8x, fine-tuned"))):
         predictor = Predictor(models[name].network(), models[name].imgsz, Precision(torch.device("cpu")), PredictOptions("", "", conf_thres=0.4))
-        for column, path in enumerate(images):
-            axes = figure.add_subplot(grid[row, column * 2 + 1 : column * 2 + 3])
+        r = results["rows"][name]
+        for axes, path in zip(grid[row], images):
             axes.imshow(_annotated(predictor, path, models[name].names))
             axes.set_xticks([])
             axes.set_yticks([])
-            if column == 0:
-                r = results["rows"][name]
-                axes.set_ylabel(f"{title}\n{r['params'] / 1e6:.2f} M parameters\nmAP@.5 {r['map50']:.3f}", fontsize=10)
-    _scatter(figure.add_subplot(grid[2, :6]), results)
-    _gammas(figure.add_subplot(grid[2, 6:]), models)
+        grid[row][0].set_ylabel(f"{title}\n{r['params'] / 1e6:.2f} M parameters, mAP@.5 {r['map50']:.3f}", fontsize=10)
+    left, right = below.subplots(1, 2, width_ratios=(1.25, 1))
+    _bars(left, results)
+    _gammas(right, models)
     figure.savefig(folder / "demo.png")
 
 
@@ -129,22 +128,20 @@ def _annotated(predictor: Predictor, path: Path, names: tuple[str, ...]) -> np.n
     return draw_boxes(large, found, names, 2)[..., ::-1]
 
 
-def _scatter(axes: Any, results: dict[str, Any]) -> None:
+def _bars(axes: Any, results: dict[str, Any]) -> None:
+    """A bar of FLOPs per model, with its mAP@.5 at the end."""
     rows = results["rows"]
-    short = {"base": "trained", "sparse": "sparse", "prune": "prune", "shortcut_prune": "shortcut", "slim_prune": "slim", "slim_prune_8x": "8x",
-             "finetune": "8x fine-tuned", "distill": "8x distilled", "scratch": "8x cfg from scratch"}  # fmt: skip
-    offsets = {"finetune": (8, -14), "distill": (8, 3), "scratch": (8, -3), "sparse": (-8, -14)}
-    for name, r in rows.items():
-        tuned = name in ("base", "finetune", "distill")
-        axes.scatter(r["gflops"], r["map50"], s=60, color="#1f6fb2" if tuned else "#d9822b" if name != "scratch" else "#777777", zorder=3)
-        dx, dy = offsets.get(name, (8, 3))
-        axes.annotate(short[name], (r["gflops"], r["map50"]), textcoords="offset points", xytext=(dx, dy), fontsize=9, ha="right" if dx < 0 else "left")
+    names = list(ROWS)[::-1]
+    colours = {"base": "#8a8f98", "sparse": "#8a8f98", "scratch": "#c9d6e8", "finetune": "#1f5fa8", "distill": "#1f5fa8"}
+    axes.barh(range(len(names)), [rows[n]["gflops"] for n in names], color=[colours.get(n, "#e07b27") for n in names], height=0.7)
+    for i, name in enumerate(names):
+        r = rows[name]
+        axes.text(r["gflops"] + 0.05, i, f"mAP@.5 {r['map50']:.3f}   {r['params'] / 1e6:.2f} M", va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), [ROWS[n][0].strip("*") for n in names], fontsize=9)
+    axes.set_xlim(0, 1.45 * rows["base"]["gflops"])
     axes.set_xlabel("GFLOPs at 640 px")
-    axes.set_ylabel("mAP@.5")
-    axes.set_xlim(0, max(r["gflops"] for r in rows.values()) * 1.15)
-    axes.set_ylim(0, 1)
-    axes.grid(alpha=0.3)
-    axes.set_title("accuracy against cost", fontsize=11)
+    axes.set_title("cost, and what is left of the accuracy", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _gammas(axes: Any, models: dict[str, Model]) -> None:

@@ -69,7 +69,7 @@ class Loop:
         for epoch in range(self.start_epoch, self.options.epochs):
             if self._epoch(epoch):
                 break
-        for observer in self.seams.observers:
+        for observer in reversed(self.seams.observers):  # what was opened first is closed last
             observer.train_end(self)
 
     def _epoch(self, epoch: int) -> bool:

@@ -41,10 +41,11 @@ class DistillationObjective:
     With a = the teacher's objectness probability of each anchor cell (detached), per level and summed over levels::
 
         box = sum(a * |decode(s) - decode(t)|_1 / (sides of t)) / sum(a)     centre and size decoded as YOLOv5 decodes them
-        cls = sum(a * BCE(s_cls, sigmoid(t_cls))) / sum(a)
-        obj = sum(BCE(s_obj, a) - H(a)) / sum(a)                             i.e. KL, per unit of attention
+        obj = sum(KL(a || sigmoid(s_obj))) / sum(a)
+        cls = sum(a * mean KL(sigmoid(t_cls) || sigmoid(s_cls))) / sum(a)
         term = weight * (box * options.box + obj * options.obj + cls * options.cls) * batch size / levels
 
+    so that the term is zero where the student equals the teacher.
     Every sum runs over all anchor cells of the batch and is divided by the attention in it, so the terms keep their size when the
     batch, the image or the number of levels changes; the factor of the batch size is the one that YOLOv5's own loss has. Weighting
     by the teacher's objectness follows Mehta & Ozturk, "Object detection at 200 frames per second" (2018).
@@ -72,10 +73,13 @@ class DistillationObjective:
         shape = anchors.to(student.device).view(na, 1, 1, 2)
         (s_xy, s_wh), (t_xy, t_wh) = decode_boxes(s[..., :4], shape), decode_boxes(t[..., :4], shape)
         box = (s_xy - t_xy).abs().sum(-1) / 2 + ((s_wh - t_wh).abs() / t_wh.clamp(min=1.0)).sum(-1) / 2
-        entropy = F.binary_cross_entropy(attention, attention)
-        obj = (F.binary_cross_entropy_with_logits(s[..., 4], attention) - entropy) * attention.numel()
-        loss = o.box * (attention * box).sum() + o.obj * obj
+        loss = o.box * (attention * box).sum() + o.obj * _binary_kl(t[..., 4], s[..., 4]).sum()
         if s.shape[-1] > 6:  # more than one class
-            bce = F.binary_cross_entropy_with_logits(s[..., 5:], t[..., 5:].sigmoid(), reduction="none").mean(-1)
-            loss = loss + o.cls * (attention * bce).sum()
+            loss = loss + o.cls * (attention * _binary_kl(t[..., 5:], s[..., 5:]).mean(-1)).sum()
         return loss / total
+
+
+def _binary_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(sigmoid(teacher) || sigmoid(student)) of logits, elementwise; differentiable in the student."""
+    p = teacher.sigmoid()
+    return p * (F.logsigmoid(teacher) - F.logsigmoid(student)) + (1 - p) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))

@@ -31,6 +31,7 @@ class Progress(Observer):
     def __init__(self, batches: int, epochs: int, names: Sequence[str], imgsz: int) -> None:
         self.batches, self.epochs, self.names, self.imgsz = batches, epochs, names, imgsz
         self.bar: tqdm | None = None
+        self._epoch = 0
 
     def train_start(self, loop: Loop) -> None:
         LOGGER.info("".join(f"{name:>14}" for name in ("Epoch", "GPU_mem", *self.names, "Instances", "Size")))
@@ -75,26 +76,22 @@ class CsvLog(Observer):
 
 
 class TensorBoard(Observer):
-    """Scalars under YOLOv5's names. `writer` is shared with the observers that log histograms."""
+    """Scalars under YOLOv5's names. `writer`, open from `train_start` on, is shared with the observers that log histograms."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: Any = None
+
+    def train_start(self, loop: Loop) -> None:
         from torch.utils.tensorboard import SummaryWriter  # heavy: TensorBoard pulls in a good deal
 
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(self.folder))
 
     def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
         for name, value in {**record.losses, **record.metrics, **record.rates}.items():
             self.writer.add_scalar(name, value, record.epoch)
         self.writer.flush()
         return False
-
-    def picture(self, name: str, path: Path) -> None:
-        """Log a PNG as an image."""
-        import cv2
-
-        image = cv2.imread(str(path))
-        if image is not None:
-            self.writer.add_image(name, np.ascontiguousarray(image[..., ::-1]), 0, dataformats="HWC")
 
     def train_end(self, loop: Loop) -> None:
         self.writer.close()
@@ -193,8 +190,8 @@ class GammaLog(Observer):
     """What users compare to choose their sparsity strength: gamma histograms per epoch, overall (`bn_weights/hist`) and per layer, the share
     near zero, the strength; advice in the log after a few epochs; and `gammas.png`, the distribution over the epochs."""
 
-    def __init__(self, paths: list[str], term: SparsityTerm | None, writer: Any | None, folder: Path) -> None:
-        self.paths, self.term, self.writer, self.folder = paths, term, writer, folder
+    def __init__(self, paths: list[str], term: SparsityTerm, board: TensorBoard, folder: Path) -> None:
+        self.paths, self.term, self.board, self.folder = paths, term, board, folder
         self.history: list[np.ndarray] = []
         self.shares: list[float] = []
         self.fitness: list[float] = []
@@ -214,19 +211,19 @@ class GammaLog(Observer):
         self.history.append(np.concatenate(layers))
         self.shares.append(share)
         self.fitness.append(record.fitness)
-        strength = self.term.strength if self.term else 0.0
+        strength = self.term.strength
         LOGGER.info(f"{'':>14}gammas near zero: {share:.1%} of {len(self.history[-1])}, strength {strength:g}")
-        if self.writer:
-            self.writer.add_histogram("bn_weights/hist", self.history[-1], record.epoch, bins="doane")
-            for path, layer in zip(self.paths, layers):
-                self.writer.add_histogram(f"bn_weights_by_layer/{path}", layer, record.epoch)
-            self.writer.add_scalar("sparsity/near_zero_share", share, record.epoch)
-            self.writer.add_scalar("sparsity/sr", strength, record.epoch)
-        self._advise(loop, strength)
+        writer = self.board.writer
+        writer.add_histogram("bn_weights/hist", self.history[-1], record.epoch, bins="doane")
+        for path, layer in zip(self.paths, layers):
+            writer.add_histogram(f"bn_weights_by_layer/{path}", layer, record.epoch)
+        writer.add_scalar("sparsity/near_zero_share", share, record.epoch)
+        writer.add_scalar("sparsity/sr", strength, record.epoch)
+        self._advise(loop)
         return False
 
-    def _advise(self, loop: Loop, strength: float) -> None:
-        if self.term is None or not self.term.options.strength or self.advised:
+    def _advise(self, loop: Loop) -> None:
+        if not self.term.options.strength or self.advised:
             return
         medians = [float(np.median(g)) for g in self.history]
         text = advice(medians, self.shares, self.fitness, loop.options.epochs, self.term.options.strength)
@@ -235,8 +232,8 @@ class GammaLog(Observer):
             self.advised = True
 
     def _layers(self, tag: str, layers: list[np.ndarray]) -> None:
-        for i, layer in enumerate(layers if self.writer else ()):
-            self.writer.add_histogram(f"{tag}/hist", layer, i, bins="doane")
+        for i, layer in enumerate(layers):
+            self.board.writer.add_histogram(f"{tag}/hist", layer, i, bins="doane")
 
     def train_end(self, loop: Loop) -> None:
         self._layers("after_train_perlayer_bn_weights", gammas(loop.network, self.paths))

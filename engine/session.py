@@ -19,7 +19,7 @@ from engine.optim import build_optimizer
 from engine.options import TrainOptions
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from engine.schedule import ScheduleOptions, YoloSchedule, warmup_batches
-from engine.seams import Objective, Seams
+from engine.seams import Objective, Observer, Seams
 from models.blocks import Blocks, flops, parameters, strides
 from models.cfg import read_cfg_text, write_cfg
 from models.checkpoint import Model, load_model, read_structure, transfer
@@ -219,14 +219,14 @@ def _seams(
     """Observers in order: what has state comes before the checkpoint that saves it."""
     board = TensorBoard(folder)
     checkpoints = Checkpoints(folder / "weights", data.names, data.imgsz, hyp, asdict(options), options.save_period, not options.nosave)
-    observers = [Progress(batches, options.epochs, objective.names, data.imgsz), BatchPictures(folder, data.names), CsvLog(folder / "results.csv", METRICS), board]
+    observers: list[Observer] = [board, Progress(batches, options.epochs, objective.names, data.imgsz), BatchPictures(folder, data.names), CsvLog(folder / "results.csv", METRICS)]
     seams = Seams()
     if options.sr is not None:
         term = _sparsity(network.blocks, hyp, options)
         seams.terms.append(term)
         seams.transitions.append(term)
         paths = penalised(network.blocks, shortcuts=options.prune == 1)
-        observers.append(GammaLog(paths, term, board.writer, folder))
+        observers.append(GammaLog(paths, term, board, folder))
     observers += [EarlyStopping(options.patience), checkpoints]
     seams.observers.extend(observers)
     return seams, checkpoints

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import Block, Blocks, consumers, flops, heads, parameters, strides
-from utils.decode import decode
 
 _ACTIVATIONS: dict[str, Callable[[bool], nn.Module]] = {
     "linear": lambda inplace: nn.Identity(),
@@ -99,10 +98,6 @@ class Network(nn.Module):
             elif self._last_use[index] > index:
                 live[index] = y
         return [maps[i] for i in self.heads]
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Decoded predictions (B, N, 5+nc) in pixels of the input, float32."""
-        return decode(self(x), self.anchors, self.strides)
 
     def __deepcopy__(self, memo: dict) -> Network:
         copy = type(self)(self.blocks).to(next(self.parameters()).device)

@@ -14,7 +14,6 @@ from torch import nn
 from models.blocks import Blocks
 from models.network import Network
 from pruning.spaces import find_spaces
-from utils.errors import InputError
 
 NEAR_ZERO = 0.05  # share of a layer's largest gamma below which a gamma counts as near zero
 
@@ -26,10 +25,6 @@ class SparsityOptions:
     strength: float
     decay: bool = False
     beta: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.strength < 0 or self.beta < 0:
-            raise InputError(f"--sr {self.strength}, --beta-sr {self.beta}: strengths must not be negative; 0 turns the penalty off")
 
 
 def penalised(blocks: Blocks, shortcuts: bool) -> list[str]:
