@@ -42,24 +42,31 @@ class Step:
 
 def steps() -> list[Step]:
     """Every step of the demo, in order."""
-    sparse = RUNS / "sparse/weights/last.pt"
+    base, sparse = RUNS / "base/weights/best.pt", RUNS / "sparse/weights/last.pt"
     pair = RUNS / f"slim_prune_8x/prune_{PERCENT['slim_prune_8x']:g}_keep_0.01_8x_last"
-    base = RUNS / "base/weights/best.pt"
-    tuned = f"finetune_pruned.py --weights {pair}.pt --hyp hyp.digits-finetune.yaml --cos-lr {TRAIN}"
-    scratch = f"train.py --cfg {pair}.cfg --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['scratch']} --cos-lr {TRAIN} --name scratch"
+    tuned = f"finetune_pruned.py --weights {pair}.pt --hyp hyp.digits-finetune.yaml"
+    penalty = "--hyp hyp.digits-sparse.yaml --sr 0.015 --sr-decay --prune 1"
     return [
-        _train("base", "train", f"train.py --cfg models/yolov5n.yaml --weights '' --hyp hyp.digits.yaml --epochs {EPOCHS['base']} --cos-lr {TRAIN} --name base"),
-        _train("sparse", "train sparsely", f"train_sparsity.py --weights {base} --hyp hyp.digits-sparse.yaml --epochs {EPOCHS['sparse']} --cos-lr --sr 0.015 --sr-decay --prune 1 {TRAIN} --name sparse"),
+        _train("base", "train", "train.py --cfg models/yolov5n.yaml --weights '' --hyp hyp.digits.yaml"),
+        _train("sparse", "train sparsely", f"train_sparsity.py --weights {base} {penalty}"),
         *(_prune(name, percent, sparse) for name, percent in PERCENT.items()),
-        _train("finetune", "fine-tune", f"{tuned} --epochs {EPOCHS['finetune']} --name finetune"),
-        _train("distill", "fine-tune with distillation", f"{tuned} --epochs {EPOCHS['distill']} --distill --t_weight {sparse} --name distill"),
-        _train("scratch", "train the pruned cfg from scratch", scratch),
-        Step("detect", "detect", f"prune_detect.py --weights {RUNS}/distill/weights/best.pt --source data/generated/digits/images/val --conf 0.4 --line-thickness 1 --save-txt --project {RUNS} --name detect --exist-ok", RUNS / "detect/.done"),
-    ]  # fmt: skip
+        _train("finetune", "fine-tune", tuned),
+        _train("distill", "fine-tune with distillation", f"{tuned} --distill --t_weight {sparse}"),
+        _train("scratch", "train the pruned cfg from scratch", f"train.py --cfg {pair}.cfg --weights '' --hyp hyp.digits.yaml"),
+        _detect(RUNS / "distill/weights/best.pt"),
+    ]
 
 
 def _train(name: str, what: str, command: str) -> Step:
-    return Step(name, what, f"{command} --exist-ok", RUNS / name / "results.png")
+    whole = f"{command} --epochs {EPOCHS[name]} --cos-lr {TRAIN} --name {name} --exist-ok"
+    return Step(name, what, whole, RUNS / name / "results.png")
+
+
+def _detect(weights: Path) -> Step:
+    source = "--source data/generated/digits/images/val --conf 0.4 --line-thickness 1 --save-txt"
+    return Step(
+        "detect", "detect", f"prune_detect.py --weights {weights} {source} --project {RUNS} --name detect --exist-ok", RUNS / "detect/.done"
+    )
 
 
 def _prune(name: str, percent: float, weights: Path) -> Step:

@@ -1,6 +1,6 @@
 """Detect objects in images and videos.
 
-    python detect.py --weights runs/train/exp/weights/best.pt --source images/
+python detect.py --weights runs/train/exp/weights/best.pt --source images/
 """
 
 from engine.detect_flags import add_detect_flags, start

@@ -1,7 +1,7 @@
 """Fine-tune a pruned model, from its cfg + weights pair or from the .pt alone; with a teacher, distil.
 
-    python finetune_pruned.py --weights runs/prune/exp/pruned.pt --data data/mine.yaml --epochs 50
-    python finetune_pruned.py --cfg pruned.cfg --weights pruned.pt --data data/mine.yaml --distill --t_weight runs/train/exp/weights/best.pt
+python finetune_pruned.py --weights runs/prune/exp/pruned.pt --data data/mine.yaml --epochs 50
+python finetune_pruned.py --cfg pruned.cfg --weights pruned.pt --data data/mine.yaml --distill --t_weight runs/train/exp/weights/best.pt
 """
 
 from engine.train_flags import add_train_flags, start, train_options

@@ -1,6 +1,6 @@
 """Prune channels, strategy 1: shortcut groups stay whole, the rest is ranked together.
 
-    python prune.py --weights runs/train/exp/weights/last.pt --data data/mine.yaml --percent 0.5
+python prune.py --weights runs/train/exp/weights/last.pt --data data/mine.yaml --percent 0.5
 """
 
 from engine.prune_flags import add_percent, add_prune_flags, shared

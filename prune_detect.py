@@ -1,6 +1,6 @@
 """Detect with a pruned model: the .pt alone, or the cfg + weights pair.
 
-    python prune_detect.py --weights pruned.pt --cfg pruned.cfg --img 640 --conf 0.7 --source images/
+python prune_detect.py --weights pruned.pt --cfg pruned.cfg --img 640 --conf 0.7 --source images/
 """
 
 from engine.detect_flags import add_detect_flags, start

@@ -1,6 +1,6 @@
 """Prune channels, strategy 2: in a shortcut group the first member's mask rules the others.
 
-    python shortcut_prune.py --weights runs/train/exp/weights/last.pt --data data/mine.yaml --percent 0.6
+python shortcut_prune.py --weights runs/train/exp/weights/last.pt --data data/mine.yaml --percent 0.6
 """
 
 from engine.prune_flags import add_percent, add_prune_flags, shared

@@ -1,6 +1,6 @@
 """Prune channels, strategy 3: a shortcut group keeps every channel that one of its members keeps.
 
-    python slim_prune.py --weights runs/train/exp/weights/last.pt --data data/mine.yaml --global_percent 0.6 --layer_keep 0.01
+python slim_prune.py --weights runs/train/exp/weights/last.pt --data data/mine.yaml --global_percent 0.6 --layer_keep 0.01
 """
 
 from engine.prune_flags import add_global_percent, add_prune_flags, shared

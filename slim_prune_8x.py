@@ -1,6 +1,6 @@
 """Prune channels as slim_prune.py does, with every convolution's filters a multiple of 8, which hardware likes best.
 
-    python slim_prune_8x.py --weights runs/train/exp/weights/last.pt --data data/mine.yaml --global_percent 0.6 --layer_keep 0.01
+python slim_prune_8x.py --weights runs/train/exp/weights/last.pt --data data/mine.yaml --global_percent 0.6 --layer_keep 0.01
 """
 
 from engine.prune_flags import add_global_percent, add_prune_flags, shared

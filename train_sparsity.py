@@ -16,11 +16,15 @@ from utils.flags import Argv, parser
 def main(argv: Argv = None) -> None:
     p = parser(__doc__)
     add_train_flags(p, epochs=100)
-    p.add_argument("--sr", "--scale", "--s", type=float, default=0.001, help="strength, added to each gamma's gradient once per optimizer step; 0: off")
+    p.add_argument(
+        "--sr", "--scale", "--s", type=float, default=0.001, help="strength, added to each gamma's gradient once per optimizer step; 0: off"
+    )
     p.add_argument("-sr", "--st", "--sparsity-regularization", action="store_true", help=argparse.SUPPRESS)  # always on here
     p.add_argument("--sr-decay", action="store_true", help="let the strength fall linearly to a tenth over the run")
     p.add_argument("--beta-sr", type=float, default=0.0, help="strength of L1 on beta")
-    p.add_argument("--prune", type=int, default=1, choices=[0, 1], help="0: leave shortcut groups alone; 1: penalise all prunable batch norms")
+    p.add_argument(
+        "--prune", type=int, default=1, choices=[0, 1], help="0: leave shortcut groups alone; 1: penalise all prunable batch norms"
+    )
     args = p.parse_args(argv)
     start(args, train_options(args, sr=args.sr, sr_decay=args.sr_decay, beta_sr=args.beta_sr, prune=args.prune))
 

@@ -1,6 +1,6 @@
 """Measure a checkpoint's mAP by YOLOv5's protocol.
 
-    python val.py --weights runs/train/exp/weights/best.pt --data data/mine.yaml --img 640
+python val.py --weights runs/train/exp/weights/best.pt --data data/mine.yaml --img 640
 """
 
 from utils.errors import run_script

@@ -37,7 +37,9 @@ from utils.loss import DetectionLoss  # noqa: E402
 
 def first_images(labels: LabelSet, count: int) -> LabelSet:
     """The first `count` images of a label set."""
-    return LabelSet(labels.images[:count], labels.labels[:count], labels.sizes[:count], labels.found, labels.missing, labels.empty, labels.corrupt, ())
+    return LabelSet(
+        labels.images[:count], labels.labels[:count], labels.sizes[:count], labels.found, labels.missing, labels.empty, labels.corrupt, ()
+    )
 
 
 def build(args: argparse.Namespace) -> Loop:
@@ -53,7 +55,9 @@ def build(args: argparse.Namespace) -> Loop:
     schedule = YoloSchedule(optimizer, ScheduleOptions(10**6, 0.001, 1.0, 0.9, 0, 0.8, 0.1, 1))
     precision = training_precision(torch.device("cpu"))
     progress = Progress(len(loader), args.rounds, objective.names, args.img)
-    return Loop(network, objective, optimizer, schedule, loader, lambda n: (0.0, {}), precision, LoopOptions(10**6), Seams(observers=[progress]))
+    return Loop(
+        network, objective, optimizer, schedule, loader, lambda n: (0.0, {}), precision, LoopOptions(10**6), Seams(observers=[progress])
+    )
 
 
 def bare_epoch(loop: Loop, batches: list) -> float:
@@ -92,7 +96,10 @@ def main() -> None:
         bare = bare_epoch(loop, batches)
         ratios.append(whole / bare)
         print(f"round {number + 1}: epoch {whole:.2f} s, bare {bare:.2f} s, ratio {whole / bare:.3f}")
-    print(f"median ratio {statistics.median(ratios):.3f} ({args.img} px, batch {args.batch}, {len(batches)} batches, {torch.get_num_threads()} threads)")
+    print(
+        f"median ratio {statistics.median(ratios):.3f} "
+        f"({args.img} px, batch {args.batch}, {len(batches)} batches, {torch.get_num_threads()} threads)"
+    )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,9 @@ def table(results: dict[str, Any]) -> str:
         cut = "" if r["params"] == base["params"] else f" (−{1 - r['params'] / base['params']:.0%})"
         less = "" if r["gflops"] == base["gflops"] else f" (−{1 - r['gflops'] / base['gflops']:.0%})"
         latency = " | ".join(f"{r['latency_ms'][str(s)]:.1f}" for s in SIZES)
-        lines.append(f"| {title} | {r['map50']:.3f} | {r['map']:.3f} | {r['params']:,}{cut} | {r['gflops']:.2f}{less} | {r['size_mb']:.2f} | {latency} |")
+        lines.append(
+            f"| {title} | {r['map50']:.3f} | {r['map']:.3f} | {r['params']:,}{cut} | {r['gflops']:.2f}{less} | {r['size_mb']:.2f} | {latency} |"
+        )
     return "\n".join(lines)
 
 
@@ -107,7 +109,9 @@ def _picture(folder: Path, models: dict[str, Model], results: dict[str, Any]) ->
     images = sorted(Path("data/generated/digits/images/val").glob("*.jpg"))[:5]
     grid = above.subplots(2, len(images))
     for row, (name, title) in enumerate((("base", "trained"), ("finetune", "pruned 8x, fine-tuned"))):
-        predictor = Predictor(models[name].network(), models[name].imgsz, Precision(torch.device("cpu")), PredictOptions("", "", conf_thres=0.4))
+        predictor = Predictor(
+            models[name].network(), models[name].imgsz, Precision(torch.device("cpu")), PredictOptions("", "", conf_thres=0.4)
+        )
         r = results["rows"][name]
         for axes, path in zip(grid[row], images):
             axes.imshow(_annotated(predictor, path, models[name].names))

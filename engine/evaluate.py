@@ -56,7 +56,9 @@ class Evaluation:
     def row(self, name: str = "all") -> str:
         """The table row of YOLOv5."""
         m = self.metrics()
-        return f"{name:>22}{self.images:>11}{self.instances:>11}" + "".join(f"{m[k]:>11.3g}" for k in ("precision", "recall", "map50", "map"))
+        return f"{name:>22}{self.images:>11}{self.instances:>11}" + "".join(
+            f"{m[k]:>11.3g}" for k in ("precision", "recall", "map50", "map")
+        )
 
     def table(self, names: Sequence[str], verbose: bool) -> str:
         """Header, the row of all classes and, if `verbose`, a row per class."""
@@ -100,7 +102,14 @@ def evaluate(
     network.eval()
     tally = _Tally(ConfusionMatrix(network.classes))
     anchors = network.anchors.to(precision.device)
-    bar = tqdm(loader.epoch(0), total=len(loader), desc=HEADER, bar_format="{desc} {n_fmt}/{total_fmt}", disable=None if options.progress else True, leave=False)
+    bar = tqdm(
+        loader.epoch(0),
+        total=len(loader),
+        desc=HEADER,
+        bar_format="{desc} {n_fmt}/{total_fmt}",
+        disable=None if options.progress else True,
+        leave=False,
+    )
     for index, batch in enumerate(bar):
         t0 = _now(precision)
         images = precision.images(batch.images)

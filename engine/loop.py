@@ -147,7 +147,10 @@ class Loop:
         self.ema.updates, self.best_fitness, self.start_epoch = state["ema_updates"], state["best_fitness"], epoch + 1
         seams = self.seams.stateful()
         if seams.keys() != state["seams"].keys():
-            raise InputError(f"--resume: the run was made with {sorted(state['seams'])}, this one has {sorted(seams)}; use the script and flags it was started with")
+            raise InputError(
+                f"--resume: the run was made with {sorted(state['seams'])}, this one has {sorted(seams)}; "
+                "use the script and flags it was started with"
+            )
         for name, seam in seams.items():
             seam.load_state_dict(state["seams"][name])
         LOGGER.info(f"resuming after epoch {epoch + 1}")

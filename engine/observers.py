@@ -39,10 +39,16 @@ class Progress(Observer):
 
     def batch_end(self, loop: Loop, index: int, images: Tensor, targets: Tensor, items: Tensor) -> None:
         if self.bar is None:
-            self.bar = tqdm(total=self.batches, bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}", mininterval=0.5)
+            self.bar = tqdm(
+                total=self.batches,
+                bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}",
+                mininterval=0.5,
+            )
         memory = f"{torch.cuda.memory_reserved() / 1e9:.3g}G" if torch.cuda.is_available() else "0G"
         head = f"{f'{self._epoch + 1}/{self.epochs}':>14}{memory:>14}"
-        self.bar.set_description_str(head + "".join(f"{v:>14.4g}" for v in items.tolist()) + f"{len(targets):>14}{images.shape[-1]:>14}", refresh=False)
+        self.bar.set_description_str(
+            head + "".join(f"{v:>14.4g}" for v in items.tolist()) + f"{len(targets):>14}{images.shape[-1]:>14}", refresh=False
+        )
         self.bar.update()
 
     def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
@@ -51,7 +57,10 @@ class Progress(Observer):
         self.bar, self._epoch = None, record.epoch + 1
         if record.metrics:
             m = record.metrics
-            LOGGER.info(f"{'':>14}P {m['metrics/precision']:.3f}  R {m['metrics/recall']:.3f}  mAP50 {m['metrics/mAP_0.5']:.3f}  mAP50-95 {m['metrics/mAP_0.5:0.95']:.3f}")
+            LOGGER.info(
+                f"{'':>14}P {m['metrics/precision']:.3f}  R {m['metrics/recall']:.3f}  "
+                f"mAP50 {m['metrics/mAP_0.5']:.3f}  mAP50-95 {m['metrics/mAP_0.5:0.95']:.3f}"
+            )
         return False
 
 
@@ -137,7 +146,9 @@ class Checkpoints(Observer):
         for path in (self.last, self.best):
             if path.exists():
                 model = load_model(path)
-                save_model(path, Model(model.blocks, model.state, model.names, model.imgsz, -1, model.best_fitness, model.hyp, model.options))
+                save_model(
+                    path, Model(model.blocks, model.state, model.names, model.imgsz, -1, model.best_fitness, model.hyp, model.options)
+                )
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -157,7 +168,10 @@ class EarlyStopping(Observer):
             self.best, self.best_epoch = record.fitness, record.epoch
         stop = 0 < self.patience <= record.epoch - self.best_epoch
         if stop:
-            LOGGER.info(f"stopping early: no better result in {self.patience} epochs; the best was epoch {self.best_epoch + 1}. --patience 0 turns this off")
+            LOGGER.info(
+                f"stopping early: no better result in {self.patience} epochs; the best was epoch {self.best_epoch + 1}. "
+                "--patience 0 turns this off"
+            )
         return stop
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,5 +264,3 @@ class GammaLog(Observer):
         self.history = [g.numpy() for g in state["history"]]
         self.shares, self.fitness = list(state["shares"]), list(state["fitness"])
         self.start, self.advised = state["start"], state["advised"]
-
-

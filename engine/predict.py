@@ -196,4 +196,6 @@ def _show(image: np.ndarray) -> None:
         cv2.imshow("detections", image)
         cv2.waitKey(1)
     except cv2.error:
-        raise InputError("--view-img needs OpenCV with windows: pip install opencv-python in the place of opencv-python-headless (Debian: also libgl1)") from None
+        raise InputError(
+            "--view-img needs OpenCV with windows: pip install opencv-python in the place of opencv-python-headless (Debian: also libgl1)"
+        ) from None

@@ -16,7 +16,9 @@ def add_prune_flags(p: Parser) -> None:
     add_size(p, None)
     p.add_argument("--batch-size", "--batch", type=int, default=16, help="for the evaluations")
     add_device(p)
-    p.add_argument("--exclude", nargs="+", default=[], metavar="NAME|GLOB", help="convolutions to leave alone, such as model.9 or model.*.cv3")
+    p.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME|GLOB", help="convolutions to leave alone, such as model.9 or model.*.cv3"
+    )
     add_run(p, "runs/prune")
 
 

@@ -110,7 +110,9 @@ def run(options: PruneOptions) -> Path:
 def _bench(options: PruneOptions, model: Model, device: torch.device) -> _Bench:
     config = read_data(options.data, ("val",))
     if len(config.names) != len(model.names):
-        raise InputError(f"{options.data} has {len(config.names)} classes, {options.weights} has {len(model.names)}; use the data it was trained on")
+        raise InputError(
+            f"{options.data} has {len(config.names)} classes, {options.weights} has {len(model.names)}; use the data it was trained on"
+        )
     network = model.network()
     imgsz = multiple(options.imgsz or model.imgsz, network.max_stride)
     labels = scan_labels(config.val, config.nc)
@@ -163,7 +165,10 @@ def _check_oracle(masked: Network, pruned: Network, original: Network, bench: _B
     images = Precision(torch.device("cpu")).images(batch.images[:8])
     difference, bound = largest_difference(masked, pruned, images)
     changed, _ = largest_difference(original, pruned, images)
-    LOGGER.info(f"masked = pruned on {len(images)} images: max |difference| of the logits {difference:.2e} (bound {bound:.2e}); the cut changed them by up to {changed:.3g}")
+    LOGGER.info(
+        f"masked = pruned on {len(images)} images: max |difference| of the logits {difference:.2e} (bound {bound:.2e}); "
+        f"the cut changed them by up to {changed:.3g}"
+    )
     if difference > bound:
         raise RuntimeError(f"surgery is wrong: the pruned network differs from the masked one by {difference}, more than {bound}")
     return {"difference": difference, "bound": bound, "changed": changed, "images": len(images)}
@@ -188,7 +193,9 @@ def _measure_cost(bench: _Bench, model: Model, pruned: Model) -> None:
 
 def _stage_table(bench: _Bench) -> str:
     sizes = list(dict.fromkeys((bench.imgsz, 640)))
-    head = f"{'':<12}{'mAP@.5':>9}{'mAP@.5:.95':>12}{'parameters':>13}{'GFLOPs':>9}{'file MB':>9}" + "".join(f"{f'ms @{s}':>10}" for s in sizes)
+    head = f"{'':<12}{'mAP@.5':>9}{'mAP@.5:.95':>12}{'parameters':>13}{'GFLOPs':>9}{'file MB':>9}" + "".join(
+        f"{f'ms @{s}':>10}" for s in sizes
+    )
     lines = [head]
     for stage, m in bench.stages.items():
         lines.append(
@@ -204,7 +211,13 @@ def _stage_table(bench: _Bench) -> str:
 
 
 def _save(
-    options: PruneOptions, model: Model, pruned: Model, selection: Selection, layers: list[LayerWidth], bench: _Bench, oracle: dict[str, float]
+    options: PruneOptions,
+    model: Model,
+    pruned: Model,
+    selection: Selection,
+    layers: list[LayerWidth],
+    bench: _Bench,
+    oracle: dict[str, float],
 ) -> Path:
     folder = make_folder(run_folder(options.project, options.name, options.exist_ok))
     stem = options.prefix + Path(options.cfg or options.weights).stem
@@ -218,12 +231,15 @@ def _save(
     }  # fmt: skip
     write_json(folder / "report.json", report)
     plots.plot_widths([x.name for x in layers], [x.before for x in layers], [x.after for x in layers], folder / "widths.png")
-    plots.plot_gamma_before_after(_all_gammas(model.blocks, model.state), _all_gammas(pruned.blocks, pruned.state), selection.threshold, folder / "gammas.png")
+    plots.plot_gamma_before_after(
+        _all_gammas(model.blocks, model.state), _all_gammas(pruned.blocks, pruned.state), selection.threshold, folder / "gammas.png"
+    )
     LOGGER.info(f"pair: {cfg}\n      {weights}\nreport and pictures: {folder}")
-    LOGGER.info(f"next: python finetune_pruned.py --weights {weights} --data {options.data} --img {bench.imgsz} --distill --t_weight {options.weights}")
+    LOGGER.info(
+        f"next: python finetune_pruned.py --weights {weights} --data {options.data} --img {bench.imgsz} --distill --t_weight {options.weights}"
+    )
     return folder
 
 
 def _all_gammas(blocks: Blocks, state: dict[str, Tensor]) -> np.ndarray:
     return np.concatenate(list(gamma_scores(blocks, state).values()))
-

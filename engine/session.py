@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +82,11 @@ def _newest_checkpoint() -> Path:
 
 def _train(options: TrainOptions, folder: Path, resumed: Model | None) -> Path:
     device = select_device(options.device)
-    hyp = resumed.hyp if resumed else read_hyp(options.hyp) | ({"label_smoothing": options.label_smoothing} if options.label_smoothing else {})
+    hyp = (
+        resumed.hyp
+        if resumed
+        else read_hyp(options.hyp) | ({"label_smoothing": options.label_smoothing} if options.label_smoothing else {})
+    )
     torch.manual_seed(options.seed + 1)
     blocks, state = (resumed.blocks, None) if resumed else _structure(options)
     data = _read_data(options, max(32, max(strides(blocks))))
@@ -96,7 +99,9 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None) -> Path:
     if resumed:
         loop.load_state_dict(resumed.training, resumed.state, resumed.epoch)
     _prepare_folder(folder, options, hyp, data)
-    LOGGER.info(f"training {len(data.train)} images, validating {len(data.val)}, {data.imgsz} px, {precision_text(precision)}; results go to {folder}")
+    LOGGER.info(
+        f"training {len(data.train)} images, validating {len(data.val)}, {data.imgsz} px, {precision_text(precision)}; results go to {folder}"
+    )
     try:
         loop.run()
     except KeyboardInterrupt:
@@ -172,17 +177,21 @@ def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, stride: 
     )
 
 
-def _assemble(network: Network, data: _Data, hyp: dict, options: TrainOptions, precision: Precision, folder: Path) -> tuple[Loop, Checkpoints]:
+def _assemble(
+    network: Network, data: _Data, hyp: dict, options: TrainOptions, precision: Precision, folder: Path
+) -> tuple[Loop, Checkpoints]:
     """Build the loop and its seams."""
     train_loader, val_loader = _loaders(data, hyp, options, network.max_stride)
-    loss = DetectionLoss(network.anchors, network.strides, data.nc, data.imgsz, LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)}))
+    loss = DetectionLoss(
+        network.anchors, network.strides, data.nc, data.imgsz, LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)})
+    )
     objective = _objective(loss, options, precision, network)
     accumulate = max(round(hyp["nbs"] / options.batch_size), 1)
     decay = hyp["weight_decay"] * options.batch_size * accumulate / hyp["nbs"]
     optimizer = build_optimizer(network, options.optimizer, hyp["lr0"], hyp["momentum"], decay)
+    warmup = warmup_batches(hyp["warmup_epochs"], len(train_loader), int(hyp["warmup_min_batches"]))
     schedule = YoloSchedule(optimizer, ScheduleOptions(
-        options.epochs, hyp["lr0"], hyp["lrf"], hyp["momentum"], warmup_batches(hyp["warmup_epochs"], len(train_loader), int(hyp["warmup_min_batches"])),
-        hyp["warmup_momentum"], hyp["warmup_bias_lr"], accumulate, options.cos_lr,
+        options.epochs, hyp["lr0"], hyp["lrf"], hyp["momentum"], warmup, hyp["warmup_momentum"], hyp["warmup_bias_lr"], accumulate, options.cos_lr,
     ))  # fmt: skip
     seams, checkpoints = _seams(network, data, hyp, options, folder, len(train_loader), objective)
     evaluator = _evaluator(val_loader, precision, options, loss)
@@ -197,8 +206,8 @@ def _objective(loss: DetectionLoss, options: TrainOptions, precision: Precision,
     teacher = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
     if (teacher.classes, teacher.strides, teacher.anchors.shape) != (student.classes, student.strides, student.anchors.shape):
         raise InputError(
-            f"--t_weight {options.teacher}: the teacher has {teacher.classes} classes at strides {teacher.strides}, the student {student.classes} at "
-            f"{student.strides}; distillation compares their outputs cell by cell, so use a teacher trained on the same classes"
+            f"--t_weight {options.teacher}: the teacher has {teacher.classes} classes at strides {teacher.strides}, "
+            f"the student {student.classes} at {student.strides}; distillation compares their outputs cell by cell, so use a teacher trained on the same classes"
         )
     if not torch.allclose(teacher.anchors, student.anchors):
         LOGGER.info("the teacher's anchors differ from the student's; each is decoded with its own")
@@ -219,7 +228,12 @@ def _seams(
     """Observers in order: what has state comes before the checkpoint that saves it."""
     board = TensorBoard(folder)
     checkpoints = Checkpoints(folder / "weights", data.names, data.imgsz, hyp, asdict(options), options.save_period, not options.nosave)
-    observers: list[Observer] = [board, Progress(batches, options.epochs, objective.names, data.imgsz), BatchPictures(folder, data.names), CsvLog(folder / "results.csv", METRICS)]
+    observers: list[Observer] = [
+        board,
+        Progress(batches, options.epochs, objective.names, data.imgsz),
+        BatchPictures(folder, data.names),
+        CsvLog(folder / "results.csv", METRICS),
+    ]
     seams = Seams()
     if options.sr is not None:
         term = _sparsity(network.blocks, hyp, options)
@@ -261,12 +275,22 @@ def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precis
     best = checkpoints.best if checkpoints.best.exists() and options.sr is None else checkpoints.last
     model = load_model(best)
     network = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
-    validation = DatasetOptions(data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls)
+    validation = DatasetOptions(
+        data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls
+    )
     loader = make_loader(DetectionDataset(data.val, validation))
-    evaluation = evaluate(network, loader, Precision(precision.device), EvaluateOptions(single_cls=options.single_cls), on_batch=BatchPlots(folder, data.names))
+    evaluation = evaluate(
+        network,
+        loader,
+        Precision(precision.device),
+        EvaluateOptions(single_cls=options.single_cls),
+        on_batch=BatchPlots(folder, data.names),
+    )
     LOGGER.info(evaluation.table(data.names, verbose=data.nc < 50))
     write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, data.imgsz))
     plot_evaluation(evaluation, data.names, folder)
     plots.plot_results(folder / "results.csv", folder / "results.png")
-    LOGGER.info(f"weights: {checkpoints.last} and {checkpoints.best.name} beside it; the figures above are those of {best.name}\nresults saved to {folder}")
+    LOGGER.info(
+        f"weights: {checkpoints.last} and {checkpoints.best.name} beside it; the figures above are those of {best.name}\nresults saved to {folder}"
+    )
     return folder

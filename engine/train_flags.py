@@ -20,7 +20,9 @@ def add_train_flags(p: Parser, epochs: int, hyp: str = "hyp.scratch-low.yaml", p
     p.add_argument("--batch-size", "--batch", type=int, default=16)
     add_size(p)
     p.add_argument("--rect", action="store_true", help="rectangular batches, no mosaic")
-    p.add_argument("--resume", nargs="?", const="newest", default="", help="continue a run: the path of its last.pt, or nothing for the newest")
+    p.add_argument(
+        "--resume", nargs="?", const="newest", default="", help="continue a run: the path of its last.pt, or nothing for the newest"
+    )
     p.add_argument("--nosave", action="store_true", help="save the last epoch only")
     p.add_argument("--noval", action="store_true", help="evaluate the last epoch only")
     p.add_argument("--noautoanchor", action="store_true", help="keep the anchors as they are")
@@ -42,7 +44,10 @@ def add_train_flags(p: Parser, epochs: int, hyp: str = "hyp.scratch-low.yaml", p
 def train_options(args: argparse.Namespace, **extra: Any) -> TrainOptions:
     """`TrainOptions` from the shared flags; `extra` are those of one script."""
     name = Path(args.cfg).stem if args.name == "cfg" and args.cfg else args.name
-    same = "weights cfg data hyp epochs batch_size imgsz rect nosave noval noautoanchor cache device workers single_cls cos_lr label_smoothing patience save_period seed project exist_ok"
+    same = (
+        "weights cfg data hyp epochs batch_size imgsz rect nosave noval noautoanchor cache device workers single_cls cos_lr "
+        "label_smoothing patience save_period seed project exist_ok"
+    )
     values = {key: getattr(args, key) for key in same.split()}
     return TrainOptions(
         **values, name=name, optimizer="Adam" if args.adam else args.optimizer, freeze=tuple(args.freeze), amp=not args.no_amp, **extra

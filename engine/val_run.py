@@ -68,14 +68,28 @@ def validate(options: ValOptions) -> Path:
     network = network.to(device, memory_format=torch.channels_last)
     imgsz = multiple(options.imgsz or model.imgsz, network.max_stride)
     labels = scan_labels(getattr(config, options.task), config.nc)
-    dataset = DetectionDataset(labels, DatasetOptions(imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=options.batch_size, single_cls=options.single_cls))
+    dataset = DetectionDataset(
+        labels,
+        DatasetOptions(imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=options.batch_size, single_cls=options.single_cls),
+    )
     folder = make_folder(run_folder(options.project, options.name, options.exist_ok))
     sink = _Files(folder, options, coco=len(config.names) == 80)
     limits = EvaluateOptions(options.conf_thres, options.iou_thres, options.max_det, options.single_cls)
-    evaluation = evaluate(network, make_loader(dataset, worker_count(options.workers)), precision, limits, on_image=sink, on_batch=BatchPlots(folder, config.names))
+    evaluation = evaluate(
+        network,
+        make_loader(dataset, worker_count(options.workers)),
+        precision,
+        limits,
+        on_image=sink,
+        on_batch=BatchPlots(folder, config.names),
+    )
     sink.close()
     LOGGER.info(evaluation.table(config.names, options.verbose or config.nc < 50))
-    LOGGER.info("speed per image: " + ", ".join(f"{v:.1f} ms {k}" for k, v in evaluation.speed_ms.items()) + f", at shape ({options.batch_size}, 3, {imgsz}, {imgsz})")
+    LOGGER.info(
+        "speed per image: "
+        + ", ".join(f"{v:.1f} ms {k}" for k, v in evaluation.speed_ms.items())
+        + f", at shape ({options.batch_size}, 3, {imgsz}, {imgsz})"
+    )
     write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, imgsz))
     plot_evaluation(evaluation, config.names, folder)
     LOGGER.info(f"results saved to {folder}")
@@ -84,7 +98,9 @@ def validate(options: ValOptions) -> Path:
 
 def _check_classes(model: Model, config: DataConfig, options: ValOptions) -> None:
     if len(model.names) != config.nc and not options.single_cls:
-        raise InputError(f"{options.weights} has {len(model.names)} classes, {options.data} has {config.nc}; evaluate on the data it was trained on")
+        raise InputError(
+            f"{options.weights} has {len(model.names)} classes, {options.data} has {config.nc}; evaluate on the data it was trained on"
+        )
 
 
 class _Files:

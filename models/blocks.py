@@ -148,7 +148,9 @@ def check(blocks: Sequence[Block]) -> Blocks:
         scales.append(_scale_of(block, scales))
         if block.kind in ("convolutional", "batchnorm"):
             if not block.name or block.name in owners:
-                raise InputError(f"block {index} ({block.kind}): name={block.name or '(none)'} is {'used twice' if block.name else 'missing'}")
+                raise InputError(
+                    f"block {index} ({block.kind}): name={block.name or '(none)'} is {'used twice' if block.name else 'missing'}"
+                )
             owners.add(block.name)
     levels = [block.level for block in blocks if block.kind == "yolo"]
     if sorted(levels) != list(range(len(levels))):

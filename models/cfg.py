@@ -82,7 +82,12 @@ def write_cfg(blocks: Blocks) -> str:
 
 
 def _conv_keys(block: Block, writer: _Writer) -> dict[str, object]:
-    keys: dict[str, object] = {"batch_normalize": int(block.batch_norm), "filters": block.channels, "size": block.size, "stride": block.stride}
+    keys: dict[str, object] = {
+        "batch_normalize": int(block.batch_norm),
+        "filters": block.channels,
+        "size": block.size,
+        "stride": block.stride,
+    }
     keys |= {"pad": 1} if block.padding == block.size // 2 else {"padding": block.padding}
     if block.groups != 1:
         keys["groups"] = block.groups
@@ -100,9 +105,18 @@ def _pool_keys(block: Block, writer: _Writer) -> dict[str, object]:
 def _yolo_keys(block: Block, writer: _Writer) -> dict[str, object]:
     levels = sorted((b for b in writer.blocks if b.kind == "yolo"), key=lambda b: b.level)
     first = sum(len(b.anchors) for b in levels[: block.level])
-    anchors = ",  ".join(f"{w:g},{h:g}" if (float(f"{w:g}"), float(f"{h:g}")) == (w, h) else f"{w!r},{h!r}" for b in levels for w, h in b.anchors)
+    anchors = ",  ".join(
+        f"{w:g},{h:g}" if (float(f"{w:g}"), float(f"{h:g}")) == (w, h) else f"{w!r},{h!r}" for b in levels for w, h in b.anchors
+    )
     mask = ",".join(str(first + k) for k in range(len(block.anchors)))
-    return {"mask": mask, "anchors": anchors, "classes": block.classes, "num": sum(len(b.anchors) for b in levels), "new_coords": 1, "scale_x_y": 2.0}
+    return {
+        "mask": mask,
+        "anchors": anchors,
+        "classes": block.classes,
+        "num": sum(len(b.anchors) for b in levels),
+        "new_coords": 1,
+        "scale_x_y": 2.0,
+    }
 
 
 _FIELDS = {

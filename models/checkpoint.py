@@ -147,7 +147,9 @@ def check_fit(blocks: Blocks, state: State, what: str) -> None:
     differ: dict[str, str] = {}
     for key in sorted(wanted.keys() | got.keys(), key=_natural):
         if wanted.get(key) != got.get(key):
-            differ.setdefault(key.rsplit(".", 2)[0], f"{key} is {_shape(wanted.get(key))} in the structure and {_shape(got.get(key))} in the weights")
+            differ.setdefault(
+                key.rsplit(".", 2)[0], f"{key} is {_shape(wanted.get(key))} in the structure and {_shape(got.get(key))} in the weights"
+            )
     if differ:
         shown = list(differ.values())
         more = f"; and {len(shown) - 8} more blocks" if len(shown) > 8 else ""
@@ -191,7 +193,14 @@ def _from_official(path: Path) -> Model:
     return Model(blocks, dict(file.state), tuple(file.names), best_fitness=float(file.best_fitness or 0.0))
 
 
-_PICKLED_ACTIVATIONS = {"SiLU": "silu", "LeakyReLU(0.1)": "leaky", "Hardswish": "hardswish", "ReLU": "relu", "Mish": "mish", "Identity": "linear"}
+_PICKLED_ACTIVATIONS = {
+    "SiLU": "silu",
+    "LeakyReLU(0.1)": "leaky",
+    "Hardswish": "hardswish",
+    "ReLU": "relu",
+    "Mish": "mish",
+    "Identity": "linear",
+}
 
 
 def _as_pickled(block: Block, file: official.OfficialCheckpoint, path: Path) -> Block:
@@ -202,7 +211,9 @@ def _as_pickled(block: Block, file: official.OfficialCheckpoint, path: Path) -> 
     pickled = file.activations.get(owner, "")
     act = _PICKLED_ACTIVATIONS.get(pickled, block.activation if not pickled else None)
     if act is None:
-        raise InputError(f"{path}: {owner} has the activation {pickled}, which this project does not have; known: {', '.join(_PICKLED_ACTIVATIONS)}")
+        raise InputError(
+            f"{path}: {owner} has the activation {pickled}, which this project does not have; known: {', '.join(_PICKLED_ACTIVATIONS)}"
+        )
     eps, momentum = file.bn_eps.get(block.bn_path, block.bn_eps), file.bn_momentum.get(block.bn_path, block.bn_momentum)
     return replace(block, activation=act, bn_eps=eps, bn_momentum=momentum)
 
@@ -213,4 +224,3 @@ def transfer(state: State, network: Network, skip_anchors: bool = False) -> str:
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape and not (skip_anchors and "anchors" in k)}
     network.load_state_dict(fits, strict=False)
     return f"transferred {len(fits)}/{len(own)} tensors"
-

@@ -1,8 +1,8 @@
 """Command: write the cfg of a yaml, a cfg or a checkpoint, alone or as a cfg + weights pair.
 
-    python -m models.convert models/yolov5s.yaml --out cfg/yolov5s.cfg
-    python -m models.convert yolov5n.pt --out pairs/yolov5n.cfg      # pairs/yolov5n.cfg and pairs/yolov5n.pt
-    python -m models.convert --stock                                 # cfg/yolov5{n,s,m,l,x}.cfg from models/*.yaml
+python -m models.convert models/yolov5s.yaml --out cfg/yolov5s.cfg
+python -m models.convert yolov5n.pt --out pairs/yolov5n.cfg      # pairs/yolov5n.cfg and pairs/yolov5n.pt
+python -m models.convert --stock                                 # cfg/yolov5{n,s,m,l,x}.cfg from models/*.yaml
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class Network(nn.Module):
         return [maps[i] for i in self.heads]
 
     def __deepcopy__(self, memo: dict) -> Network:
-        copy = type(self)(self.blocks).to(next(self.parameters()).device)
+        copy = type(self)(self.blocks).to(next(self.parameters()).device, memory_format=torch.channels_last)
         copy.load_state_dict(self.state_dict())
         copy.train(self.training)
         return copy
@@ -182,9 +182,7 @@ def init_gammas(network: Network, value: float) -> None:
 
 def replace_anchors(blocks: Blocks, anchors: list[list[tuple[float, float]]]) -> Blocks:
     """Return `blocks` with the anchors of every level replaced; `anchors`: per level [(w, h), ...] in pixels."""
-    return tuple(
-        replace(b, anchors=tuple((float(w), float(h)) for w, h in anchors[b.level])) if b.kind == "yolo" else b for b in blocks
-    )
+    return tuple(replace(b, anchors=tuple((float(w), float(h)) for w, h in anchors[b.level])) if b.kind == "yolo" else b for b in blocks)
 
 
 def fuse(network: Network) -> Network:

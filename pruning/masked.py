@@ -23,7 +23,7 @@ def masked_network(blocks: Blocks, state: dict[str, Tensor], spaces: Spaces, mas
 
 
 def _mask_output(module: nn.Module, mask: Tensor) -> None:
-    module.register_forward_hook(lambda module, inputs, output: output * mask)
+    module.register_forward_hook(lambda module, inputs, output: output * mask.to(output.device))
 
 
 def zero_gamma(blocks: Blocks, state: dict[str, Tensor], spaces: Spaces, mask: np.ndarray) -> dict[str, Tensor]:

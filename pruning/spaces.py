@@ -140,7 +140,9 @@ def find_spaces(blocks: Blocks) -> Spaces:
     return Spaces(_group(blocks, classes, len(names), is_tied, reasons), classes, len(names))
 
 
-def _group(blocks: Blocks, classes: tuple[np.ndarray, ...], count: int, tied: set[int], reasons: dict[int, KeepReason]) -> tuple[Space, ...]:
+def _group(
+    blocks: Blocks, classes: tuple[np.ndarray, ...], count: int, tied: set[int], reasons: dict[int, KeepReason]
+) -> tuple[Space, ...]:
     """Classes with the same producers, batch norms, ties and reason to be kept form a space."""
     producers: list[list[int]] = [[] for _ in range(count)]
     norms: list[list[int]] = [[] for _ in range(count)]

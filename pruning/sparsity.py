@@ -45,7 +45,7 @@ def equivalent_scale(strength: float, batch_size: int, nbs: int) -> float:
 
 
 class SparsityTerm:
-    """Gradient term: grad(gamma) += s * sign(gamma), and for beta likewise. `strength_at(epoch)` is s; the loop's epoch is set by `before_epoch`."""
+    """Gradient term: grad(gamma) += s * sign(gamma), and for beta likewise. s is `strength_at` the epoch that `before_epoch` set."""
 
     def __init__(self, paths: list[str], options: SparsityOptions, epochs: int) -> None:
         self.paths, self.options, self.epochs = paths, options, epochs
@@ -100,11 +100,13 @@ def advice(medians: list[float], shares: list[float], fitness: list[float], epoc
     if done < max(2, epochs // 4) or done >= epochs:
         return None
     if fitness[-1] < 0.2 * max(fitness) and shares[-1] > 0.3:
-        return f"sparsity strength {strength:g} looks too strong: fitness fell from {max(fitness):.3f} to {fitness[-1]:.3f}; try --sr {strength / 3:.2g}"
+        fell = f"fitness fell from {max(fitness):.3f} to {fitness[-1]:.3f}"
+        return f"sparsity strength {strength:g} looks too strong: {fell}; try --sr {strength / 3:.2g}"
     projected = 1 - (1 - medians[-1] / max(medians[0], 1e-12)) * epochs / done
     if shares[-1] < 0.05 and projected > 0.5:
         return (
-            f"sparsity strength {strength:g} looks too weak: the median gamma is at {medians[-1] / medians[0]:.0%} of its start after {done} of {epochs} epochs; "
+            f"sparsity strength {strength:g} looks too weak: the median gamma is at {medians[-1] / medians[0]:.0%} of its start "
+            f"after {done} of {epochs} epochs; "
             f"try --sr {strength * 3:.2g}, or more epochs"
         )
     return None

@@ -109,9 +109,7 @@ def test_perspective_moves_boxes_with_their_pixels(options, seed):
     np.testing.assert_allclose(moved[0, 1:], pixels(warped, (0, 255, 0)), atol=2)
 
 
-@pytest.mark.parametrize(
-    ("size", "imgsz", "out"), [((427, 640), 320, (214, 320)), ((77, 30), 320, (320, 125)), ((1000, 3), 320, (320, 1))]
-)
+@pytest.mark.parametrize(("size", "imgsz", "out"), [((427, 640), 320, (214, 320)), ((77, 30), 320, (320, 125)), ((1000, 3), 320, (320, 1))])
 def test_long_side_is_exact_and_the_other_rounded_up(size, imgsz, out):
     image = np.zeros((*size, 3), np.uint8)
     assert resize_long_side(image, imgsz, smooth=True).shape[:2] == out

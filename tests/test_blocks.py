@@ -18,8 +18,23 @@ from tests.helpers import SMALL_YAML, STOCK, alive, random_blocks, small, stock,
 from utils.errors import InputError
 
 # Published by YOLOv5 for 80 classes: parameters, length of the state dict, GFLOPs of the convolutions at 640 px (2 x MACs).
-PUBLISHED = {"n": (1872157, 349, 4.468), "s": (7235389, 349, 16.434), "m": (21190557, 481, None), "l": (46563709, 613, None), "x": (86749405, 745, None)}
-MODULES = [("C3", [24]), ("C3", [24, False]), ("C2f", [24, True]), ("BottleneckCSP", [24]), ("SPP", [24]), ("SPPF", [24, 5]), ("GhostConv", [24]), ("Bottleneck", [24])]
+PUBLISHED = {
+    "n": (1872157, 349, 4.468),
+    "s": (7235389, 349, 16.434),
+    "m": (21190557, 481, None),
+    "l": (46563709, 613, None),
+    "x": (86749405, 745, None),
+}
+MODULES = [
+    ("C3", [24]),
+    ("C3", [24, False]),
+    ("C2f", [24, True]),
+    ("BottleneckCSP", [24]),
+    ("SPP", [24]),
+    ("SPPF", [24, 5]),
+    ("GhostConv", [24]),
+    ("Bottleneck", [24]),
+]
 
 
 @pytest.mark.parametrize("size", STOCK)

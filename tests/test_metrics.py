@@ -34,9 +34,7 @@ def reference_match(detections: np.ndarray, labels: np.ndarray) -> np.ndarray:
     for column, threshold in enumerate(np.linspace(0.5, 0.95, 10)):
         taken = set()
         for row, detection in enumerate(detections):  # best score first
-            overlaps = [
-                (iou_of(detection[:4], label[1:]), -i) for i, label in enumerate(labels) if label[0] == detection[5]
-            ]
+            overlaps = [(iou_of(detection[:4], label[1:]), -i) for i, label in enumerate(labels) if label[0] == detection[5]]
             if overlaps and max(overlaps)[0] >= threshold and max(overlaps)[1] not in taken:
                 taken.add(max(overlaps)[1])
                 correct[row, column] = True
@@ -166,9 +164,7 @@ def test_perfect_detections_reach_0_995():
 def test_the_order_of_detections_does_not_matter(data_set):
     correct, conf, pred_cls, target_cls = data_set
     shuffled = np.random.default_rng(3).permutation(len(conf))
-    assert ap_per_class(correct[shuffled], conf[shuffled], pred_cls[shuffled], target_cls).map == pytest.approx(
-        ap_per_class(*data_set).map
-    )
+    assert ap_per_class(correct[shuffled], conf[shuffled], pred_cls[shuffled], target_cls).map == pytest.approx(ap_per_class(*data_set).map)
 
 
 def test_classes_without_detections_count_zero_and_without_labels_not_at_all():

@@ -354,9 +354,7 @@ def test_shell_command(tmp_path: Path, make_model: Callable[..., Model]) -> None
         (Call(set, ((1,),)), "set of other things"),
     ],
 )
-def test_gadgets(
-    tmp_path: Path, make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, gadget: object, asked: str
-) -> None:
+def test_gadgets(tmp_path: Path, make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, gadget: object, asked: str) -> None:
     monkeypatch.chdir(tmp_path)
     message = refusal(save(stripped(make_model()) | {"opt": gadget}, tmp_path / "a.pt"))
     assert asked in message
@@ -472,9 +470,7 @@ class FakeTensor:
         (0, (0,), (1,), "is empty"),
     ],
 )
-def test_views_out_of_bounds(
-    tmp_path: Path, make_model: Callable[..., Model], offset: int, size: tuple, stride: tuple, said: str
-) -> None:
+def test_views_out_of_bounds(tmp_path: Path, make_model: Callable[..., Model], offset: int, size: tuple, stride: tuple, said: str) -> None:
     model = make_model()
     storage = torch.storage.TypedStorage(wrap_storage=torch.ones(2).untyped_storage(), dtype=torch.half, _internal=True)
     model.model[0].bn._buffers["running_mean"] = FakeTensor(storage, offset, size, stride)

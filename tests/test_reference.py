@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 COCO, WEIGHTS = os.environ.get("COCO128_DIR"), os.environ.get("YOLOV5N_PT")
-pytestmark = pytest.mark.skipif(not (COCO and WEIGHTS), reason="set COCO128_DIR (images/, labels/) and YOLOV5N_PT (the official v6.0 checkpoint)")
+pytestmark = pytest.mark.skipif(
+    not (COCO and WEIGHTS), reason="set COCO128_DIR (images/, labels/) and YOLOV5N_PT (the official v6.0 checkpoint)"
+)
 
 
 @pytest.mark.parametrize("source", ["pt", "pair"])
@@ -23,7 +25,25 @@ def test_the_320_px_row(source: str, tmp_path: Path) -> None:
     if source == "pair":
         convert.main([WEIGHTS, "--out", str(tmp_path / "pair.cfg")])
         flags = ["--weights", str(tmp_path / "pair.pt"), "--cfg", str(tmp_path / "pair.cfg")]
-    val.main([*flags, "--data", str(data), "--img", "320", "--batch", "16", "--project", str(tmp_path), "--name", "v", "--device", "cpu", "--workers", "0"])
+    val.main(
+        [
+            *flags,
+            "--data",
+            str(data),
+            "--img",
+            "320",
+            "--batch",
+            "16",
+            "--project",
+            str(tmp_path),
+            "--name",
+            "v",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+        ]
+    )
     metrics = json.loads((tmp_path / "v/metrics.json").read_text())
     assert metrics["instances"] == 898
     assert metrics["map50"] == pytest.approx(0.455, abs=0.005)

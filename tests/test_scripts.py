@@ -22,7 +22,19 @@ from models.network import Network
 from tests.helpers import ROOT, SMALL_YAML, small, write_dataset
 from utils.errors import InputError, run_script
 
-SCRIPTS = ("train", "train_sparsity", "finetune_pruned", "prune", "shortcut_prune", "slim_prune", "slim_prune_8x", "val", "detect", "prune_detect", "demo")
+SCRIPTS = (
+    "train",
+    "train_sparsity",
+    "finetune_pruned",
+    "prune",
+    "shortcut_prune",
+    "slim_prune",
+    "slim_prune_8x",
+    "val",
+    "detect",
+    "prune_detect",
+    "demo",
+)
 
 
 def call(script: str, *args: object) -> None:
@@ -38,14 +50,42 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "small.yaml").write_text(yaml.safe_dump(SMALL_YAML))
     common = ["--data", root / "data/data.yaml", "--img", 64, "--batch", 4, "--workers", 0, "--project", root, "--device", "cpu"]
     call("train", "--cfg", root / "small.yaml", "--epochs", 2, *common, "--name", "base")
-    call("train_sparsity", "--weights", root / "base/weights/last.pt", "-sr", "--scale", 0.01, "--prune", 1, "--epochs", 2, *common, "--name", "sparse")
+    call(
+        "train_sparsity",
+        "--weights",
+        root / "base/weights/last.pt",
+        "-sr",
+        "--scale",
+        0.01,
+        "--prune",
+        1,
+        "--epochs",
+        2,
+        *common,
+        "--name",
+        "sparse",
+    )
     return root
 
 
 @pytest.fixture(scope="module")
 def pruned(work: Path) -> tuple[Path, Path]:
     """The pair that slim_prune_8x.py makes of it."""
-    call("slim_prune_8x", "--weights", work / "sparse/weights/last.pt", "--data", work / "data/data.yaml", "--global_percent", 0.4, "--project", work, "--name", "pruned", "--device", "cpu")
+    call(
+        "slim_prune_8x",
+        "--weights",
+        work / "sparse/weights/last.pt",
+        "--data",
+        work / "data/data.yaml",
+        "--global_percent",
+        0.4,
+        "--project",
+        work,
+        "--name",
+        "pruned",
+        "--device",
+        "cpu",
+    )
     pair = work / "pruned/prune_0.4_keep_0.01_8x_last.cfg"
     return pair, pair.with_suffix(".pt")
 
@@ -67,7 +107,12 @@ def test_tensorboard_gets_the_tags_that_users_compare(work: Path) -> None:
     events = EventAccumulator(str(work / "sparse"), size_guidance={"histograms": 0})
     events.Reload()
     tags = events.Tags()
-    assert {"bn_weights/hist", "bn_weights_by_layer/model.0.bn", "before_train_perlayer_bn_weights/hist", "after_train_perlayer_bn_weights/hist"} <= set(tags["histograms"])
+    assert {
+        "bn_weights/hist",
+        "bn_weights_by_layer/model.0.bn",
+        "before_train_perlayer_bn_weights/hist",
+        "after_train_perlayer_bn_weights/hist",
+    } <= set(tags["histograms"])
     assert {"train/box_loss", "metrics/mAP_0.5", "x/lr0", "sparsity/sr", "sparsity/near_zero_share"} <= set(tags["scalars"])
     assert [e.step for e in events.Histograms("bn_weights/hist")] == [0, 1]
     assert [e.value for e in events.Scalars("sparsity/sr")] == pytest.approx([0.01, 0.01])
@@ -94,7 +139,20 @@ def test_the_pair_and_the_report(work: Path, pruned: tuple[Path, Path]) -> None:
 ])  # fmt: skip
 def test_the_other_pruning_scripts(script: str, flags: Sequence[object], stem: str, work: Path) -> None:
     """The structure may come from a yaml with another number of classes, as people type it."""
-    call(script, "--weights", work / "sparse/weights/last.pt", "--cfg", work / "small.yaml", "--data", work / "data/data.yaml", *flags, "--project", work, "--name", script)
+    call(
+        script,
+        "--weights",
+        work / "sparse/weights/last.pt",
+        "--cfg",
+        work / "small.yaml",
+        "--data",
+        work / "data/data.yaml",
+        *flags,
+        "--project",
+        work,
+        "--name",
+        script,
+    )
     names = {p.name for p in (work / script).iterdir()}
     assert {f"{stem.replace('_last', '_small')}.cfg", f"{stem.replace('_last', '_small')}.pt", "report.json"} <= names
 
@@ -103,11 +161,38 @@ def test_everything_takes_the_pruned_checkpoint(work: Path, pruned: tuple[Path, 
     cfg, weights = pruned
     data, common = work / "data/data.yaml", ["--project", work, "--device", "cpu"]
     train = ["--data", data, "--img", 64, "--batch", 4, "--workers", 0, "--epochs", 1, *common]
-    call("finetune_pruned", "--cfg", cfg, "--weights", weights, "--distill", "--t_weight", work / "base/weights/best.pt", *train, "--name", "tuned")
+    call(
+        "finetune_pruned",
+        "--cfg",
+        cfg,
+        "--weights",
+        weights,
+        "--distill",
+        "--t_weight",
+        work / "base/weights/best.pt",
+        *train,
+        "--name",
+        "tuned",
+    )
     call("train_sparsity", "--weights", weights, "--sr", 0.01, *train, "--name", "again")
     call("slim_prune", "--weights", work / "again/weights/last.pt", "--data", data, "--global_percent", 0.2, *common, "--name", "twice")
     call("val", "--weights", weights, "--data", data, *common, "--name", "val", "--save-txt", "--save-json")
-    call("prune_detect", "--weights", weights, "--cfg", cfg, "--source", work / "data/images/val", "--conf", 0.001, "--save-txt", "--save-crop", *common, "--name", "found")
+    call(
+        "prune_detect",
+        "--weights",
+        weights,
+        "--cfg",
+        cfg,
+        "--source",
+        work / "data/images/val",
+        "--conf",
+        0.001,
+        "--save-txt",
+        "--save-crop",
+        *common,
+        "--name",
+        "found",
+    )
     tuned, twice = load_model(work / "tuned/weights/best.pt"), load_model(next((work / "twice").glob("*.pt")))
     assert tuned.blocks == load_model(weights).blocks
     assert sum(b.channels for b in twice.blocks) < sum(b.channels for b in tuned.blocks)
@@ -165,23 +250,51 @@ def _class_out_of_range(work: Path, tmp: Path) -> list[object]:
 
 
 WRONG: dict[str, tuple[str, Change, str]] = {
-    "missing weights": ("val", lambda w, t: ["--weights", w / "sparse/weights/lst.pt"], r"lst\.pt.*did you mean last\.pt.*Nothing is downloaded"),
+    "missing weights": (
+        "val",
+        lambda w, t: ["--weights", w / "sparse/weights/lst.pt"],
+        r"lst\.pt.*did you mean last\.pt.*Nothing is downloaded",
+    ),
     "weights are text": ("val", _weights(b"hello world, no checkpoint at all"), r"bad\.pt"),
     "weights are empty": ("detect", _weights(b""), r"bad\.pt"),
     "truncated checkpoint": ("slim_prune", _truncated, r"cut\.pt.*truncated"),
-    "cfg that does not fit": ("val", _edited_cfg, r"edited\.cfg does not fit.*model\.4\.cv3.*Use the cfg that was written with these weights"),
-    "cfg of the wrong kind": ("val", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--cfg", w / "data/images/val/000.png"], "neither a .yaml nor a .cfg"),
+    "cfg that does not fit": (
+        "val",
+        _edited_cfg,
+        r"edited\.cfg does not fit.*model\.4\.cv3.*Use the cfg that was written with these weights",
+    ),
+    "cfg of the wrong kind": (
+        "val",
+        lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--cfg", w / "data/images/val/000.png"],
+        "neither a .yaml nor a .cfg",
+    ),
     "percent of 1": ("prune", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--percent", "1.0"], "below 1, got 1.0; try 0.5"),
-    "exclude nothing": ("prune", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--exclude", "model.99"], "--exclude model.99: matches no"),
+    "exclude nothing": (
+        "prune",
+        lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--exclude", "model.99"],
+        "--exclude model.99: matches no",
+    ),
     "missing data": ("val", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--data", t / "no.yaml"], r"no\.yaml"),
     "missing images": ("val", _other_data(val="images/nowhere"), r"nowhere"),
     "other classes": ("val", _other_data(nc=2, names=["a", "b"]), r"has 3 classes.*has 2; evaluate on the data"),
     "download runs nothing": ("val", _other_data(val="images/nowhere", download="touch HACKED"), r"nowhere|download"),
     "class out of range": ("val", _class_out_of_range, r"000\.txt.*7"),
-    "missing source": ("detect", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--source", t / "none.jpg"], r"none\.jpg: no such file"),
+    "missing source": (
+        "detect",
+        lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--source", t / "none.jpg"],
+        r"none\.jpg: no such file",
+    ),
     "device": ("val", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--device", "7"], "--device 7.*use --device cpu"),
-    "teacher is missing": ("finetune_pruned", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--distill"], "--distill needs a teacher"),
-    "unknown hyp": ("train", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--hyp", t / "hyp.scratch-lo.yaml"], r"did you mean hyp\.scratch-low\.yaml"),
+    "teacher is missing": (
+        "finetune_pruned",
+        lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--distill"],
+        "--distill needs a teacher",
+    ),
+    "unknown hyp": (
+        "train",
+        lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--hyp", t / "hyp.scratch-lo.yaml"],
+        r"did you mean hyp\.scratch-low\.yaml",
+    ),
     "nothing to train": ("train", lambda w, t: [], "give --weights .* --cfg"),
     "negative strength": ("train_sparsity", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--sr", "-1"], "must not be negative"),
     "finished run": ("train", lambda w, t: ["--resume", w / "sparse/weights/last.pt"], "is finished"),
@@ -189,7 +302,9 @@ WRONG: dict[str, tuple[str, Change, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_input_gets_one_line_and_writes_nothing(case: str, work: Path, pruned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_input_gets_one_line_and_writes_nothing(
+    case: str, work: Path, pruned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     script, change, message = WRONG[case]
     args = change(work, tmp_path)
     if script not in ("detect", "prune_detect") and "--data" not in args and "--resume" not in args:
@@ -206,7 +321,9 @@ def test_a_wrong_input_gets_one_line_and_writes_nothing(case: str, work: Path, p
 
 
 def test_an_unknown_flag_is_one_line() -> None:
-    done = subprocess.run([sys.executable, "val.py", "--weights", "x.pt", "--cofn", "0.3"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "val.py", "--weights", "x.pt", "--cofn", "0.3"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: unrecognized arguments: --cofn") and len(done.stderr.splitlines()) == 1
 
 

@@ -48,7 +48,9 @@ def test_video_frames_are_counted(tmp_path: Path) -> None:
     assert found[0].image.shape == (48, 64, 3) and found[0].fps == 5.0
 
 
-@pytest.mark.parametrize(("make", "message"), [("missing.png", "no such file"), ("empty", "no images or videos"), ("nothing*.png", "no images or videos")])
+@pytest.mark.parametrize(
+    ("make", "message"), [("missing.png", "no such file"), ("empty", "no images or videos"), ("nothing*.png", "no images or videos")]
+)
 def test_a_source_with_nothing_in_it_is_named(tmp_path: Path, make: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):

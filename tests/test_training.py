@@ -140,7 +140,11 @@ def test_schedule_warms_up_by_role() -> None:
     steps = {}
     for step in (0, 50, 100, 101):
         accumulate = schedule.batch(step, 0)
-        steps[step] = ({g["role"]: round(g["lr"], 6) for g in optimizer.param_groups}, round(optimizer.param_groups[0]["momentum"], 4), accumulate)
+        steps[step] = (
+            {g["role"]: round(g["lr"], 6) for g in optimizer.param_groups},
+            round(optimizer.param_groups[0]["momentum"], 4),
+            accumulate,
+        )
     assert steps[0] == ({"bias": 0.1, "weight": 0.0, "norm": 0.0}, 0.8, 1)
     assert steps[50] == ({"bias": 0.055, "weight": 0.005, "norm": 0.005}, 0.8685, 2)
     assert steps[100] == steps[101] == ({"bias": 0.01, "weight": 0.01, "norm": 0.01}, 0.937, 4)
@@ -267,7 +271,9 @@ class _Data:
             yield _Batch(images, torch.tensor([[0, 1, 0.4, 0.5, 0.3, 0.4], [1, 2, 0.7, 0.2, 0.2, 0.15]]))
 
 
-def make_loop(seams: Seams | None = None, epochs: int = 2, batches: int = 2, optimizer: str = "SGD", accumulate: int = 1, precision: Precision = CPU) -> Loop:
+def make_loop(
+    seams: Seams | None = None, epochs: int = 2, batches: int = 2, optimizer: str = "SGD", accumulate: int = 1, precision: Precision = CPU
+) -> Loop:
     torch.manual_seed(0)
     network = Network(small())
     objective = DetectionObjective(DetectionLoss(network.anchors, network.strides, 3, 64))
@@ -312,7 +318,9 @@ def test_seams_are_called_in_the_fixed_order(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("precision", [CPU, Precision(torch.device("cpu"), torch.bfloat16)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_penalty_is_exact_under_clipping_accumulation_and_amp(precision: Precision, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_penalty_is_exact_under_clipping_accumulation_and_amp(
+    precision: Precision, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the task's gradient taken away, what is left of a step is lr * s * sign, once per optimizer step."""
     seams = Seams([SparsityTerm(["model.0.bn"], SparsityOptions(5.0), 1)])
     loop = make_loop(seams, epochs=1, batches=2, accumulate=accumulate, precision=precision)
@@ -359,7 +367,13 @@ def test_two_epochs_equal_one_and_one_resumed() -> None:
 def test_early_stopping_counts_from_the_last_best() -> None:
     stopping, record = EarlyStopping(2), EpochRecord(0, {}, {}, {}, 0.5, True)
     fitness = [0.5, 0.4, 0.5, 0.4, 0.3]
-    assert [stopping.epoch_end(None, replace(record, epoch=i, fitness=f)) for i, f in enumerate(fitness)] == [False, False, False, False, True]
+    assert [stopping.epoch_end(None, replace(record, epoch=i, fitness=f)) for i, f in enumerate(fitness)] == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_real_run_resumes_to_the_same_weights_and_repeats_bit_by_bit(tmp_path) -> None:
@@ -371,12 +385,14 @@ def test_a_real_run_resumes_to_the_same_weights_and_repeats_bit_by_bit(tmp_path)
     from tests.helpers import SMALL_YAML
 
     cfg.write_text(yaml.safe_dump(SMALL_YAML))
-    options = TrainOptions(str(data), cfg=str(cfg), epochs=3, batch_size=4, imgsz=64, workers=0, project=str(tmp_path), name="whole", device="cpu", sr=0.01)
+    options = TrainOptions(
+        str(data), cfg=str(cfg), epochs=3, batch_size=4, imgsz=64, workers=0, project=str(tmp_path), name="whole", device="cpu", sr=0.01
+    )
     train(options)
 
     from engine import observers
 
-    keep, calls = observers.Checkpoints.epoch_end, []
+    keep = observers.Checkpoints.epoch_end
 
     def stop_in_the_third(self, loop, record):
         if record.epoch == 2:
@@ -394,8 +410,25 @@ def test_a_real_run_resumes_to_the_same_weights_and_repeats_bit_by_bit(tmp_path)
     assert all(torch.equal(a.state[k], b.state[k]) for k in a.state)
     rows = (tmp_path / "cut" / "results.csv").read_text().splitlines()
     assert [int(row.split(",")[0]) for row in rows[1:]] == [0, 1, 2]
-    assert rows[0].replace(" ", "").startswith("epoch,train/box_loss,train/obj_loss,train/cls_loss,metrics/precision,metrics/recall,metrics/mAP_0.5,metrics/mAP_0.5:0.95,val/box_loss")
-    for name in ("results.png", "labels.jpg", "train_batch0.jpg", "val_batch0_pred.jpg", "confusion_matrix.png", "PR_curve.png", "gammas.png", "opt.yaml", "hyp.yaml", "metrics.json"):
+    assert (
+        rows[0]
+        .replace(" ", "")
+        .startswith(
+            "epoch,train/box_loss,train/obj_loss,train/cls_loss,metrics/precision,metrics/recall,metrics/mAP_0.5,metrics/mAP_0.5:0.95,val/box_loss"
+        )
+    )
+    for name in (
+        "results.png",
+        "labels.jpg",
+        "train_batch0.jpg",
+        "val_batch0_pred.jpg",
+        "confusion_matrix.png",
+        "PR_curve.png",
+        "gammas.png",
+        "opt.yaml",
+        "hyp.yaml",
+        "metrics.json",
+    ):
         assert (tmp_path / "cut" / name).stat().st_size > 0, name
     with pytest.raises(InputError, match="is finished"):
         resume(last)

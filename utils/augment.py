@@ -221,9 +221,7 @@ def keeps(before: np.ndarray, after: np.ndarray, zoom: float) -> np.ndarray:
     return (new > MIN_BOX_SIDE).all(axis=1) & (area_share > MIN_AREA_SHARE) & (aspect < MAX_ASPECT)
 
 
-def mosaic4(
-    tiles: Sequence[tuple[np.ndarray, np.ndarray]], imgsz: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def mosaic4(tiles: Sequence[tuple[np.ndarray, np.ndarray]], imgsz: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Put four images on a gray canvas of side 2 * imgsz, their inner corners meeting at a random point.
 
     tiles: (image, centres) in the order upper left, upper right, lower left, lower right. Returns the canvas and the

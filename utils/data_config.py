@@ -237,9 +237,7 @@ def _looked_for(description: _Description, entry: str) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _missing(
-    description: _Description, located: Mapping[str, tuple[Path, ...]], splits: Sequence[str]
-) -> list[tuple[str, Path]]:
+def _missing(description: _Description, located: Mapping[str, tuple[Path, ...]], splits: Sequence[str]) -> list[tuple[str, Path]]:
     """Return entry and path of what `splits` name that does not exist or is an empty folder."""
     pairs = [pair for split in splits for pair in zip(description.entries[split], located[split])]
     return [(entry, path) for entry, path in pairs if not (path.is_file() or _has_content(path))]

@@ -189,9 +189,7 @@ class DetectionDataset(Dataset):
         canvas, corners = mosaic4(tiles, self.options.imgsz, rng)
         return random_perspective(canvas, corners, rng, options, (self.options.imgsz, self.options.imgsz))
 
-    def _letterboxed(
-        self, index: int, input_shape: tuple[int, int], *, scale_up: bool
-    ) -> tuple[np.ndarray, np.ndarray, ShapeInfo]:
+    def _letterboxed(self, index: int, input_shape: tuple[int, int], *, scale_up: bool) -> tuple[np.ndarray, np.ndarray, ShapeInfo]:
         sized, (height0, width0) = self._sized(index)
         height, width = sized.shape[:2]
         image, gain, (pad_x, pad_y) = letterbox(sized, input_shape, scale_up=scale_up)
@@ -409,9 +407,7 @@ def _checked(batch: Batch | InputError) -> Batch:
     return replace(batch, targets=batch.targets.clone()) if batch.targets.is_shared() else batch
 
 
-def make_loader(
-    dataset: DetectionDataset, workers: int = 0, shuffle: bool = False, pin_memory: bool = False
-) -> EpochLoader:
+def make_loader(dataset: DetectionDataset, workers: int = 0, shuffle: bool = False, pin_memory: bool = False) -> EpochLoader:
     """Build the loader of a dataset, with the batch size and seed of its options.
 
     At most as many workers as processors and batches; 0 loads in this process. Rectangular batches are never shuffled.

@@ -25,13 +25,31 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the examples of a script's docstring as they are, and shows a default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        return text if action.default in (None, "", False, argparse.SUPPRESS) or not text else f"{text} (default: %(default)s)"
+
+
 def parser(description: str) -> Parser:
     """A parser without prefix matching, so that a misspelt flag is an error and not another flag."""
-    return Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return Parser(description=description, allow_abbrev=False, formatter_class=_Help)
+
+
+_SIZE = "long side of the network input, pixels"
 
 
 def add_size(p: Parser, default: int | None = 640) -> None:
-    p.add_argument("--imgsz", "--img", "--img-size", type=int, default=default, help="long side of the network input, pixels")
+    p.add_argument(
+        "--imgsz",
+        "--img",
+        "--img-size",
+        type=int,
+        default=default,
+        help=_SIZE if default else f"{_SIZE}; the size it was trained at if left out",
+    )
 
 
 def add_device(p: Parser, workers: bool = True) -> None:

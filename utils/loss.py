@@ -35,7 +35,8 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class Matches:
-    """Targets assigned to one level: `image`, `anchor`, `row`, `column`, `cls` (n,) long; `box` (n, 4): offset of the centre from the cell, width, height in cells."""
+    """Targets assigned to one level: `image`, `anchor`, `row`, `column`, `cls` (n,) long; `box` (n, 4): offset of the centre from the
+    cell, width, height, in cells."""
 
     image: Tensor
     anchor: Tensor

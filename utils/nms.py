@@ -39,14 +39,11 @@ def non_max_suppression(
     suppress each other. No time limit: an image never comes out empty because others were slow.
     """
     return [
-        _suppress(_candidates(rows, conf_threshold, classes, multi_label), iou_threshold, agnostic, max_det)
-        for rows in prediction.detach()
+        _suppress(_candidates(rows, conf_threshold, classes, multi_label), iou_threshold, agnostic, max_det) for rows in prediction.detach()
     ]
 
 
-def _candidates(
-    rows: torch.Tensor, conf_threshold: float, classes: Sequence[int] | None, multi_label: bool
-) -> torch.Tensor:
+def _candidates(rows: torch.Tensor, conf_threshold: float, classes: Sequence[int] | None, multi_label: bool) -> torch.Tensor:
     """Return the (n, 6) candidates of one image (N, 5 + nc), best first, n <= MAX_CANDIDATES."""
     rows = rows[rows[:, 4] > conf_threshold].float()
     scores = rows[:, 5:] * rows[:, 4:5]

@@ -67,9 +67,7 @@ def draw_boxes(
     return image
 
 
-def _draw_label(
-    image: np.ndarray, corner: tuple[int, int], colour: tuple[int, int, int], line: int, label: str
-) -> None:
+def _draw_label(image: np.ndarray, corner: tuple[int, int], colour: tuple[int, int, int], line: int, label: str) -> None:
     """Write `label` on a plate above the box's top-left `corner`, or below it where the image ends."""
     font, scale, weight = cv2.FONT_HERSHEY_SIMPLEX, max(line / 3.5, 0.35), max(line - 1, 1)
     (width, height), baseline = cv2.getTextSize(label, font, scale, weight)
@@ -295,7 +293,9 @@ def plot_labels_correlogram(labels: np.ndarray, path: str | Path, most: int = 50
     matplotlib.use("Agg")  # seaborn draws through pyplot
     picked = labels[np.linspace(0, len(labels) - 1, min(len(labels), most)).astype(int), 1:] if len(labels) else labels[:, 1:]
     frame = pandas.DataFrame(picked, columns=["x", "y", "width", "height"])
-    grid = seaborn.pairplot(frame, corner=True, diag_kind="hist", kind="hist", diag_kws={"bins": 40}, plot_kws={"bins": 40, "pmax": 0.9}, height=1.8)
+    grid = seaborn.pairplot(
+        frame, corner=True, diag_kind="hist", kind="hist", diag_kws={"bins": 40}, plot_kws={"bins": 40, "pmax": 0.9}, height=1.8
+    )
     grid.figure.savefig(path, dpi=150)
     matplotlib.pyplot.close(grid.figure)
 

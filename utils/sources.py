@@ -32,7 +32,9 @@ class Frame:
 def frames(source: str) -> Iterator[Frame]:
     """Yield the frames of `source`. Unreadable images are named in the log and skipped; a source with nothing in it is an `InputError`."""
     if source.isdigit() or source.lower().startswith(_STREAMS):
-        yield from _video(Path(f"stream{source}" if source.isdigit() else Path(source).name or "stream"), int(source) if source.isdigit() else source)
+        yield from _video(
+            Path(f"stream{source}" if source.isdigit() else Path(source).name or "stream"), int(source) if source.isdigit() else source
+        )
         return
     paths = _paths(source)
     readable = 0
@@ -66,7 +68,9 @@ def _paths(source: str) -> list[Path]:
         raise InputError(f"--source {source}: no such file or folder, and not a glob that matches any")
     known = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
     if not known:
-        raise InputError(f"--source {source}: no images or videos there; known endings: {', '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}")
+        raise InputError(
+            f"--source {source}: no images or videos there; known endings: {', '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}"
+        )
     return known
 
 
