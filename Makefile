@@ -24,4 +24,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/train_overhead.py
 
 clean:
-	rm -rf $(VENV) runs data/generated
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import InputError, run_script
-from utils.files import write_text
+from utils.files import make_folder, write_text
 from utils.flags import Argv, parser
 from utils.log import LOGGER
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent
 RUNS = Path("runs/demo")
 DATA = "--data data/digits.yaml --img 128"
 TRAIN = f"{DATA} --batch 16 --cache ram --workers 1 --optimizer AdamW --project {RUNS}"
-EPOCHS = {"base": 13, "sparse": 11, "finetune": 6, "distill": 6, "scratch": 12}
+EPOCHS = {"base": 13, "sparse": 11, "finetune": 5, "distill": 5, "scratch": 10}
 MARKERS = ("<!-- demo table: written by `python demo.py --publish` -->", "<!-- end of demo table -->")
 PERCENT = {"prune": 0.6, "shortcut_prune": 0.6, "slim_prune": 0.7, "slim_prune_8x": 0.7}
 
@@ -85,15 +85,14 @@ def main(argv: Argv = None) -> None:
     todo = steps()
     for number, step in enumerate(todo, start=1):
         LOGGER.info(f"\n=== {number}/{len(todo)} {step.what} [{time.time() - started:.0f} s] ===")
-        if step.done.exists():
+        if (ROOT / step.done).exists():
             LOGGER.info(f"done before ({step.done}); delete {step.done.parent} to run it again")
             continue
         LOGGER.info(f"$ python {step.command}")
         code = subprocess.run([sys.executable, *shlex.split(step.command)], cwd=ROOT, check=False).returncode
         if code:
             raise InputError(f"the step {step.name!r} failed with exit code {code}; run it again with: python {step.command}")
-        if not step.done.exists():
-            step.done.touch()
+        (ROOT / step.done).touch()
     from engine.demo_report import report
 
     report(ROOT / RUNS, EPOCHS)
@@ -105,6 +104,7 @@ def publish() -> None:
     source, target, readme = ROOT / RUNS, ROOT / "docs" / "demo", ROOT / "README.md"
     if not (source / "results.json").exists():
         raise InputError(f"{RUNS}/results.json is not there; run `make demo` first")
+    make_folder(target)
     for name in ("results.json", "demo.png"):
         shutil.copyfile(source / name, target / name)
     before, rest = readme.read_text(encoding="utf-8").split(MARKERS[0])

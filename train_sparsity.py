@@ -26,7 +26,7 @@ def main(argv: Argv = None) -> None:
         "--prune", type=int, default=1, choices=[0, 1], help="0: leave shortcut groups alone; 1: penalise all prunable batch norms"
     )
     args = p.parse_args(argv)
-    start(args, train_options(args, sr=args.sr, sr_decay=args.sr_decay, beta_sr=args.beta_sr, prune=args.prune))
+    start(args, train_options(args, strict=True, sr=args.sr, sr_decay=args.sr_decay, beta_sr=args.beta_sr, prune=args.prune))
 
 
 if __name__ == "__main__":

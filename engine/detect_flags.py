@@ -12,7 +12,7 @@ def add_detect_flags(p: Parser) -> None:
     """YOLOv5's detection flags."""
     p.add_argument("--weights", required=True, help="any checkpoint: ours, a pruned one, a YOLOv5 .pt")
     p.add_argument("--cfg", default="", help="structure (.yaml or .cfg) if not the checkpoint's own")
-    p.add_argument("--source", default="data/images", help="image, video, folder, glob, .txt list, webcam number or stream")
+    p.add_argument("--source", required=True, help="image, video, folder, glob, .txt list, webcam number or stream")
     add_size(p, None)
     p.add_argument("--conf-thres", "--conf", type=float, default=0.25, help="smallest confidence")
     p.add_argument("--iou-thres", type=float, default=0.45, help="IoU above which a box suppresses another")

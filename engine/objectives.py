@@ -40,7 +40,7 @@ class DistillationObjective:
 
     With a = the teacher's objectness probability of each anchor cell (detached), per level and summed over levels::
 
-        box = sum(a * |decode(s) - decode(t)|_1 / (sides of t)) / sum(a)     centre and size decoded as YOLOv5 decodes them
+        box = sum(a * (mean |d centre| in cells + mean |d side| / t's side)) / sum(a)     decoded as YOLOv5 decodes them
         obj = sum(KL(a || sigmoid(s_obj))) / sum(a)
         cls = sum(a * mean KL(sigmoid(t_cls) || sigmoid(s_cls))) / sum(a)
         term = weight * (box * options.box + obj * options.obj + cls * options.cls) * batch size / levels
@@ -62,16 +62,18 @@ class DistillationObjective:
         total, parts = self.loss(maps, targets)
         with torch.no_grad():
             wanted = self.teacher(images)
-        term = sum(self._level(s, t, a) for s, t, a in zip(maps, wanted, self.anchors)) * (self.options.weight / len(maps))
+        term = sum(self._level(s, t, a, b) for s, t, a, b in zip(maps, wanted, network.anchors, self.anchors)) * (
+            self.options.weight / len(maps)
+        )
         return total + term * images.shape[0], torch.cat((parts, term.detach().view(1)))
 
-    def _level(self, student: Tensor, teacher: Tensor, anchors: Tensor) -> Tensor:
+    def _level(self, student: Tensor, teacher: Tensor, anchors: Tensor, teacher_anchors: Tensor) -> Tensor:
         o, na = self.options, len(anchors)
         s, t = split_anchors(student, na).float(), split_anchors(teacher, na).float()
         attention = t[..., 4].sigmoid()
         total = attention.sum().clamp(min=1e-3)
-        shape = anchors.to(student.device).view(na, 1, 1, 2)
-        (s_xy, s_wh), (t_xy, t_wh) = decode_boxes(s[..., :4], shape), decode_boxes(t[..., :4], shape)
+        own, theirs = (a.to(student.device).view(na, 1, 1, 2) for a in (anchors, teacher_anchors))
+        (s_xy, s_wh), (t_xy, t_wh) = decode_boxes(s[..., :4], own), decode_boxes(t[..., :4], theirs)
         box = (s_xy - t_xy).abs().sum(-1) / 2 + ((s_wh - t_wh).abs() / t_wh.clamp(min=1.0)).sum(-1) / 2
         loss = o.box * (attention * box).sum() + o.obj * _binary_kl(t[..., 4], s[..., 4]).sum()
         if s.shape[-1] > 6:  # more than one class

@@ -122,14 +122,27 @@ class Checkpoints(Observer):
     save: bool = True
     last: Path = field(init=False)
     best: Path = field(init=False)
+    unsaved: EpochRecord | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
 
+    def train_start(self, loop: Loop) -> None:
+        if loop.start_epoch == 0:  # --exist-ok: an older run's weights must not pass for this one's
+            self.last.unlink(missing_ok=True)
+            self.best.unlink(missing_ok=True)
+
     def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
-        final = record.epoch + 1 == loop.options.epochs
-        if not self.save and not final:
-            return False
+        self.unsaved = None if self.save else record
+        if self.save:
+            self._write(loop, record)
+        return False
+
+    def train_end(self, loop: Loop) -> None:
+        if self.unsaved is not None:  # --nosave: the last epoch only, whichever that came to be
+            self._write(loop, self.unsaved)
+
+    def _write(self, loop: Loop, record: EpochRecord) -> None:
         model = Model(
             loop.network.blocks, loop.ema.network.state_dict(), self.names, self.imgsz, record.epoch, loop.best_fitness, self.hyp,
             self.options, loop.state_dict(),
@@ -139,7 +152,6 @@ class Checkpoints(Observer):
             _copy(self.last, self.best)
         if self.period > 0 and (record.epoch + 1) % self.period == 0:
             _copy(self.last, self.folder / f"epoch{record.epoch + 1}.pt")
-        return False
 
     def strip(self) -> None:
         """Drop the state of training from last.pt and best.pt."""
@@ -186,6 +198,10 @@ class BatchPictures(Observer):
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder, self.names = folder, names
+
+    def train_start(self, loop: Loop) -> None:
+        for index in range(3 if loop.start_epoch == 0 else 0):
+            (self.folder / f"train_batch{index}.jpg").unlink(missing_ok=True)
 
     def batch_end(self, loop: Loop, index: int, images: Tensor, targets: Tensor, items: Tensor) -> None:
         path = self.folder / f"train_batch{index}.jpg"

@@ -55,5 +55,7 @@ class TrainOptions:
             raise InputError(f"--epochs {self.epochs}, --batch-size {self.batch_size}: both must be at least 1")
         if self.optimizer not in ("SGD", "Adam", "AdamW"):
             raise InputError(f"--optimizer {self.optimizer}: choose SGD, Adam or AdamW")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: must not be negative")
         if (self.sr or 0) < 0 or self.beta_sr < 0:
             raise InputError(f"--sr {self.sr}, --beta-sr {self.beta_sr}: strengths must not be negative; 0 turns the penalty off")

@@ -114,8 +114,7 @@ class _Writer:
     count: int = 0
     total_ms: float = 0.0
     video: cv2.VideoWriter | None = None
-    video_path: Path | None = None
-    used: set[str] = field(default_factory=set)
+    used: dict[str, str] = field(default_factory=dict)
 
     def take(self, frame: Frame, found: np.ndarray, ms: float) -> None:
         o = self.options
@@ -136,15 +135,12 @@ class _Writer:
             self._write_image(frame, drawn, name)
 
     def _name(self, frame: Frame) -> str:
-        """The file name to save under; a second file of one name (from another folder) gets a number."""
-        name = frame.path.name
-        if frame.frame is not None:
-            return name
-        n = 2
-        while name in self.used:
-            name, n = f"{frame.path.stem}_{n}{frame.path.suffix}", n + 1
-        self.used.add(name)
-        return name
+        """The file name to save under; a second source of one stem (another folder or ending) gets a number."""
+        stem, n = frame.path.stem, 2
+        while self.used.get(stem, str(frame.path)) != str(frame.path):
+            stem, n = f"{frame.path.stem}_{n}", n + 1
+        self.used[stem] = str(frame.path)
+        return stem + frame.path.suffix
 
     def _counts(self, found: np.ndarray) -> str:
         classes, counts = np.unique(found[:, 5].astype(int), return_counts=True)
@@ -152,7 +148,7 @@ class _Writer:
         return ", ".join(parts) or "(no detections)"
 
     def _write_txt(self, frame: Frame, found: np.ndarray, name: str) -> None:
-        stem = Path(name).stem if frame.frame is None else f"{frame.path.stem}_{frame.frame}"
+        stem = Path(name).stem if frame.frame is None else f"{Path(name).stem}_{frame.frame}"
         boxes = normalise(xyxy_to_xywh(found[:, :4]), frame.image.shape[:2])
         rows = [(int(d[5]), *box, *([d[4]] if self.options.save_conf else [])) for d, box in zip(found, boxes)]
         if rows:
@@ -173,13 +169,13 @@ class _Writer:
     def _write_image(self, frame: Frame, drawn: np.ndarray, name: str) -> None:
         if frame.frame is None:
             path = self.folder / name
+            path = path if cv2.haveImageWriter(str(path)) else path.with_suffix(".jpg")
             if not cv2.imwrite(str(path), drawn):
                 raise InputError(f"{path}: cannot be written; is the disk full or the ending unknown to OpenCV?")
             return
         path = (self.folder / name).with_suffix(".mp4")
-        if self.video is None or path != self.video_path:
+        if self.video is None or frame.frame == 0:
             self.close()
-            self.video_path = path
             self.video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), frame.fps, (drawn.shape[1], drawn.shape[0]))
             if not self.video.isOpened():
                 raise InputError(f"{path}: this OpenCV cannot write mp4 videos; use --nosave --save-txt")

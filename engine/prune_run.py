@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,12 +70,13 @@ class _Bench:
     loader: EpochLoader
     precision: Precision
     imgsz: int
+    single_cls: bool
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def measure(self, stage: str, network: Network, blocks: Blocks) -> None:
         """Evaluate `network`; `blocks` are its unfused ones, whose parameters and FLOPs are reported."""
         network = network.to(self.precision.device, memory_format=torch.channels_last)
-        evaluation = evaluate(network, self.loader, self.precision, EvaluateOptions())
+        evaluation = evaluate(network, self.loader, self.precision, EvaluateOptions(single_cls=self.single_cls))
         self.stages[stage] = metrics_of(evaluation, blocks, self.imgsz)
         m = self.stages[stage]
         LOGGER.info(f"{stage:>12}: mAP@.5 {m['map50']:.4f}  mAP@.5:.95 {m['map']:.4f}")
@@ -109,15 +111,19 @@ def run(options: PruneOptions) -> Path:
 
 def _bench(options: PruneOptions, model: Model, device: torch.device) -> _Bench:
     config = read_data(options.data, ("val",))
-    if len(config.names) != len(model.names):
+    single = len(model.names) == 1
+    if len(config.names) != len(model.names) and not single:
         raise InputError(
             f"{options.data} has {len(config.names)} classes, {options.weights} has {len(model.names)}; use the data it was trained on"
         )
     network = model.network()
     imgsz = multiple(options.imgsz or model.imgsz, network.max_stride)
     labels = scan_labels(config.val, config.nc)
-    dataset = DetectionDataset(labels, DatasetOptions(imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=options.batch_size))
-    return _Bench(make_loader(dataset, worker_count(options.workers)), Precision(device), imgsz)
+    dataset = DetectionDataset(
+        labels,
+        DatasetOptions(imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=options.batch_size, single_cls=single),
+    )
+    return _Bench(make_loader(dataset, worker_count(options.workers)), Precision(device), imgsz, single)
 
 
 def _excluding(spaces: Spaces, blocks: Blocks, patterns: tuple[str, ...]) -> Spaces:
@@ -169,7 +175,9 @@ def _check_oracle(masked: Network, pruned: Network, original: Network, bench: _B
         f"masked = pruned on {len(images)} images: max |difference| of the logits {difference:.2e} (bound {bound:.2e}); "
         f"the cut changed them by up to {changed:.3g}"
     )
-    if difference > bound:
+    if not math.isfinite(changed):
+        raise InputError("--weights: the network gives numbers that are not finite on your images; this checkpoint is broken")
+    if not difference <= bound:
         raise RuntimeError(f"surgery is wrong: the pruned network differs from the masked one by {difference}, more than {bound}")
     return {"difference": difference, "bound": bound, "changed": changed, "images": len(images)}
 

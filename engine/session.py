@@ -21,7 +21,7 @@ from engine.schedule import ScheduleOptions, YoloSchedule, warmup_batches
 from engine.seams import Objective, Observer, Seams
 from models.blocks import Blocks, flops, parameters, strides
 from models.cfg import read_cfg_text, write_cfg
-from models.checkpoint import Model, load_model, read_structure, transfer
+from models.checkpoint import Model, load_model, read_structure, transfer, with_anchors_of
 from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors
 from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised
 from utils import plots
@@ -95,7 +95,7 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None) -> Path:
     network = _network(blocks, state, options, hyp)
     precision = training_precision(device, options.amp)
     network.to(device, memory_format=torch.channels_last)
-    loop, seams_folder = _assemble(network, data, hyp, options, precision, folder)
+    loop, checkpoints = _assemble(network, data, hyp, options, precision, folder)
     if resumed:
         loop.load_state_dict(resumed.training, resumed.state, resumed.epoch)
     _prepare_folder(folder, options, hyp, data)
@@ -105,9 +105,12 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None) -> Path:
     try:
         loop.run()
     except KeyboardInterrupt:
-        LOGGER.info(f"interrupted; the last finished epoch is kept. Continue with --resume {seams_folder.last}")
+        if checkpoints.last.exists():
+            LOGGER.info(f"interrupted; the last finished epoch is kept. Continue with --resume {checkpoints.last}")
+        else:
+            LOGGER.info("interrupted before an epoch was saved; nothing is kept")
         raise
-    return _finish(seams_folder, data, options, precision, folder)
+    return _finish(checkpoints, data, options, precision, folder)
 
 
 def precision_text(precision: Precision) -> str:
@@ -118,12 +121,13 @@ def precision_text(precision: Precision) -> str:
 
 def _structure(options: TrainOptions) -> tuple[Blocks, dict | None]:
     """The structure to train, with its own number of classes, and the tensors to start from."""
-    if options.strict:
+    if options.strict and options.weights:
         model = load_model(options.weights, options.cfg or None)
         return model.blocks, model.state
     if options.weights:
         model = load_model(options.weights)
-        return (read_structure(options.cfg) if options.cfg else model.blocks), model.state
+        blocks = with_anchors_of(model.blocks, read_structure(options.cfg), options.cfg) if options.cfg else model.blocks
+        return blocks, model.state
     if not options.cfg:
         raise InputError("give --weights (a checkpoint to start from), --cfg (a model yaml or cfg to train from scratch), or both")
     return read_structure(options.cfg), None
@@ -248,7 +252,7 @@ def _seams(
 
 def _sparsity(blocks: Blocks, hyp: dict, options: TrainOptions) -> SparsityTerm:
     paths = penalised(blocks, shortcuts=options.prune == 1)
-    same = equivalent_scale(options.sr, options.batch_size, hyp["nbs"])
+    same = equivalent_scale(options.sr, options.batch_size)
     LOGGER.info(
         f"sparsity: {len(paths)} batch norms penalised (--prune {options.prune}), strength {options.sr:g} per optimizer step"
         + (", decaying to a tenth" if options.sr_decay else "")

@@ -27,7 +27,8 @@ def add_train_flags(p: Parser, epochs: int, hyp: str = "hyp.scratch-low.yaml", p
     p.add_argument("--noval", action="store_true", help="evaluate the last epoch only")
     p.add_argument("--noautoanchor", action="store_true", help="keep the anchors as they are")
     p.add_argument("--cache", nargs="?", const="ram", default=None, choices=["ram", "disk"], help="keep images in memory or as .npy files")
-    add_device(p)
+    add_device(p, workers=False)
+    p.add_argument("--workers", type=int, help="loader processes, no more than CPUs (default: 8; with --resume, as before)")
     p.add_argument("--single-cls", action="store_true", help="treat all classes as one")
     p.add_argument("--optimizer", default="SGD", choices=["SGD", "Adam", "AdamW"])
     p.add_argument("--adam", action="store_true", help="the same as --optimizer Adam")
@@ -49,6 +50,7 @@ def train_options(args: argparse.Namespace, **extra: Any) -> TrainOptions:
         "label_smoothing patience save_period seed project exist_ok"
     )
     values = {key: getattr(args, key) for key in same.split()}
+    values["workers"] = 8 if args.workers is None else args.workers
     return TrainOptions(
         **values, name=name, optimizer="Adam" if args.adam else args.optimizer, freeze=tuple(args.freeze), amp=not args.no_amp, **extra
     )

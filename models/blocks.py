@@ -153,6 +153,10 @@ def check(blocks: Sequence[Block]) -> Blocks:
                 )
             owners.add(block.name)
     levels = [block.level for block in blocks if block.kind == "yolo"]
+    if not levels:
+        raise InputError("the model has no detection level: a yaml ends with Detect, a cfg has [yolo] sections")
+    if len({len(block.anchors) for block in blocks if block.kind == "yolo"}) > 1:
+        raise InputError("the detection levels have different numbers of anchors; give each level as many")
     if sorted(levels) != list(range(len(levels))):
         raise InputError(f"yolo blocks carry the levels {levels}; each of 0..{len(levels) - 1} is needed once")
     return tuple(blocks)

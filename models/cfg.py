@@ -299,6 +299,12 @@ def _read_pool(section: _Section) -> dict[str, object]:
     return {"size": size, "stride": section.integer("stride", 1), "padding": total // 2}
 
 
+def _read_shortcut(section: _Section) -> dict[str, object]:
+    if _activation(section) != "linear":
+        raise InputError(f"{section.where}: activation={section.values['activation']}: only linear is possible after a shortcut")
+    return {}
+
+
 def _read_route(section: _Section) -> dict[str, object]:
     if "slice" not in section.values:
         return {}
@@ -322,7 +328,7 @@ _READERS = {
     "convolutional": _read_conv,
     "batchnorm": lambda section: {"activation": _activation(section)},
     "route": _read_route,
-    "shortcut": lambda section: {},
+    "shortcut": _read_shortcut,
     "upsample": lambda section: {"stride": section.integer("stride", 2)},
     "maxpool": _read_pool,
     "focus": lambda section: {},

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from models import official
-from models.blocks import Block, Blocks
+from models.blocks import Block, Blocks, heads
 from models.cfg import read_cfg, read_cfg_text, write_cfg
 from models.network import Network, replace_anchors
 from models.yaml_reader import from_spec, read_yaml
@@ -100,8 +100,8 @@ def load_model(weights: str | Path, cfg: str | Path | None = None) -> Model:
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error}); the file is truncated or not a checkpoint") from None
     if cfg:
-        blocks = read_structure(cfg, model.blocks[_first_head(model.blocks)].classes)
-        model = replace(model, blocks=_with_anchors_of(model.blocks, blocks, cfg))
+        blocks = read_structure(cfg, model.blocks[heads(model.blocks)[0]].classes)
+        model = replace(model, blocks=with_anchors_of(model.blocks, blocks, cfg))
         check_fit(model.blocks, model.state, f"{cfg} does not fit {path}")
     return model
 
@@ -116,11 +116,7 @@ def read_structure(path: str | Path, classes: int | None = None) -> Blocks:
     raise InputError(f"--cfg: {path} is neither a .yaml nor a .cfg file")
 
 
-def _first_head(blocks: Blocks) -> int:
-    return next(i for i, block in enumerate(blocks) if block.kind == "yolo")
-
-
-def _with_anchors_of(source: Blocks, blocks: Blocks, cfg: str | Path) -> Blocks:
+def with_anchors_of(source: Blocks, blocks: Blocks, cfg: str | Path) -> Blocks:
     """Give `blocks` the anchors that `source` was trained with."""
     trained, written = _anchors(source), _anchors(blocks)
     if trained == written or len(trained) != len(written):

@@ -46,12 +46,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _convert(source: Path, out: Path | None, classes: int | None) -> None:
     model = load_model(source) if source.suffix == ".pt" else None
+    if model and classes:
+        raise InputError("--classes: the tensors of a checkpoint fix its classes; fine-tune it on other data instead")
     blocks = model.blocks if model else read_structure(source, classes)
     LOGGER.info(summary(blocks))
     if out is None:
         return
     if out.suffix != ".cfg":
         raise InputError(f"--out: {out} must end in .cfg")
+    if model and out.with_suffix(".pt").resolve() == source.resolve():
+        raise InputError(f"--out: {out} would put its weights over {source}; choose another folder or name")
     make_folder(out.parent)
     write_text(out, write_cfg(blocks))
     LOGGER.info(f"wrote {out}")

@@ -35,9 +35,13 @@ def from_spec(spec: dict, source: str, nc: int | None = None) -> Blocks:
     nc = nc if nc is not None else spec.get("nc")
     if not isinstance(nc, int) or nc < 1:
         raise InputError(f"{source}: nc must be a positive whole number, got {nc!r}")
+    for key in ("backbone", "head"):
+        if not isinstance(spec[key], list):
+            raise InputError(f"{source}: {key} must be a list of [from, repeats, module, args] rows")
     rows = spec["backbone"] + spec["head"]
     anchors = _anchors(spec.get("anchors"), rows, source)
-    width, na = spec.get("width_multiple", 1.0), len(anchors[0]) // 2
+    depth, width = (_multiple(spec.get(key, 1.0), f"{source}: {key}") for key in ("depth_multiple", "width_multiple"))
+    na = len(anchors[0]) // 2
     graph = Graph(activation=_activation(spec.get("activation"), source))
     graph.csp_activation = graph.activation
     outputs = [graph.add("input", (), channels=spec.get("ch") or 3)]  # outputs[i + 1] is what layer i gives
@@ -46,10 +50,16 @@ def from_spec(spec: dict, source: str, nc: int | None = None) -> Blocks:
         sources, repeats, module, args = _row(row, i, where)
         args = [_word(arg, nc, anchors) for arg in args]
         if MODULES[module].scaled:
-            args[0] = _scale_width(args[0], width, na * (nc + 5), where)
-        n = max(round(repeats * spec.get("depth_multiple", 1.0)), 1) if repeats > 1 else repeats
+            args[:1] = [_scale_width(args[0] if args else None, width, na * (nc + 5), where)]
+        n = max(round(repeats * depth), 1) if repeats > 1 else repeats
         outputs.append(_build(graph, module, f"model.{i}", tuple(outputs[s + 1] for s in sources), n, args, where))
     return check(_ordered_anchors(graph.blocks))
+
+
+def _multiple(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise InputError(f"{where} must be a positive number, got {value!r}")
+    return float(value)
 
 
 def _row(row: list, i: int, where: str) -> tuple[list[int], int, str, list]:
@@ -59,10 +69,13 @@ def _row(row: list, i: int, where: str) -> tuple[list[int], int, str, list]:
     module = str(module).removeprefix("nn.")
     if module not in MODULES:
         raise InputError(f"{where}: module {module!r} is not one this project can build{did_you_mean(module, MODULES)}")
-    sources = [s if s >= 0 else i + s for s in (sources if isinstance(sources, list) else [sources])]
+    listed = sources if isinstance(sources, list) else [sources]
+    if not listed or any(not isinstance(v, int) for v in (*listed, repeats)):
+        raise InputError(f"{where}: from and repeats must be whole numbers, got {row[0]!r} and {row[1]!r}")
+    sources = [s if s >= 0 else i + s for s in listed]
     if any(not -1 <= s < i for s in sources):
         raise InputError(f"{where}: from={row[0]} points at no earlier layer")
-    return sources, int(repeats), module, list(args)
+    return sources, repeats, module, list(args)
 
 
 def _build(graph: Graph, module: str, path: str, inputs: tuple[int, ...], n: int, args: list, where: str) -> int:

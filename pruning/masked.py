@@ -43,5 +43,5 @@ def _gamma(block: Block) -> str:
 def largest_difference(a: nn.Module, b: nn.Module, images: Tensor) -> tuple[float, float]:
     """max |difference| of the raw float32 head logits of two networks on `images` (B, 3, H, W), and the bound 1e-4 * max(1, max |logit|)."""
     pairs = list(zip(a(images), b(images)))
-    worst = max(float((x - y).abs().max()) for x, y in pairs)
-    return worst, 1e-4 * max(1.0, max(float(x.abs().max()) for x, _ in pairs))
+    worst = torch.stack([(x - y).abs().max() for x, y in pairs]).max()  # nan stays nan
+    return float(worst), 1e-4 * max(1.0, max(float(x.abs().max()) for x, _ in pairs))

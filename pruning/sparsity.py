@@ -39,9 +39,9 @@ def penalised(blocks: Blocks, shortcuts: bool) -> list[str]:
     return [blocks[i].bn_path for i in sorted(chosen)]
 
 
-def equivalent_scale(strength: float, batch_size: int, nbs: int) -> float:
-    """The predecessors' `--scale` with the same effect: they add it once per micro-batch, so round(nbs / batch) times per step."""
-    return strength / max(1, round(nbs / batch_size))
+def equivalent_scale(strength: float, batch_size: int) -> float:
+    """The predecessors' `--scale` with the same effect: they add it once per micro-batch, so round(64 / batch) times per step."""
+    return strength / max(1, round(64 / batch_size))
 
 
 class SparsityTerm:
@@ -71,6 +71,8 @@ class SparsityTerm:
 
 
 def _penalise(parameter: nn.Parameter, strength: float) -> None:
+    if not parameter.requires_grad:  # --freeze
+        return
     push = parameter.sign()
     if parameter.grad is None:
         parameter.grad = push.mul_(strength)

@@ -233,8 +233,8 @@ def test_penalised_sets_are_the_two_of_prune() -> None:
 
 
 def test_equivalent_scale_and_near_zero_share() -> None:
-    assert equivalent_scale(0.004, 16, 64) == 0.001
-    assert equivalent_scale(0.004, 64, 64) == equivalent_scale(0.004, 128, 64) == 0.004
+    assert equivalent_scale(0.004, 16) == 0.001
+    assert equivalent_scale(0.004, 64) == equivalent_scale(0.004, 128) == 0.004
     assert near_zero_share([np.array([1.0, 0.04, 0.06]), np.array([10.0, 0.4])]) == 0.4
 
 

@@ -68,7 +68,8 @@ def _fitness(anchors: np.ndarray, wh: np.ndarray, anchor_t: float) -> float:
 
 def autoanchor(anchors: np.ndarray, wh: np.ndarray, anchor_t: float, seed: int = 0) -> np.ndarray:
     """Return anchors (levels, na, 2) in pixels: the given ones where their best possible recall exceeds 0.98, else better ones if found."""
-    if not len(wh):
+    if (wh >= 2).any(1).sum() < anchors.shape[0] * anchors.shape[1]:
+        LOGGER.info("autoanchor: too few labels of 2 px or more to fit anchors to; they stay")
         return anchors
     flat = anchors.reshape(-1, 2)
     now = fit(flat, wh, anchor_t)

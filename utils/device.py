@@ -64,4 +64,4 @@ def training_precision(device: torch.device, amp: bool = True) -> Precision:
 
 def worker_count(wanted: int) -> int:
     """Loader workers: no more than the CPUs that this process may use."""
-    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(max(wanted, 0), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

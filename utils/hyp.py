@@ -15,7 +15,6 @@ DEFAULTS: dict[str, float] = {
     "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4, "degrees": 0.0, "translate": 0.1, "scale": 0.5, "shear": 0.0, "perspective": 0.0,
     "flipud": 0.0, "fliplr": 0.5, "mosaic": 1.0, "mixup": 0.0, "copy_paste": 0.0, "nbs": 64, "warmup_min_batches": 100, "gamma_init": 1.0,
 }  # fmt: skip
-OPTIONAL = {"anchors"}
 
 
 def read_hyp(path: str | Path) -> dict[str, float]:
@@ -24,7 +23,8 @@ def read_hyp(path: str | Path) -> dict[str, float]:
     Raises `InputError` for a missing file, an unknown key (with near names) or a value that is no number.
     """
     path = Path(path)
-    found = next((p for p in (path, HYPS / path.name) if p.is_file()), None)
+    places = (path, HYPS / path.name) if path.name == str(path) else (path,)  # a bare name may be one that ships
+    found = next((p for p in places if p.is_file()), None)
     if found is None:
         raise InputError(f"--hyp: no file {path}{did_you_mean(path.name, [p.name for p in HYPS.glob('*.yaml')])}")
     try:
@@ -34,8 +34,10 @@ def read_hyp(path: str | Path) -> dict[str, float]:
     if not isinstance(values, dict):
         raise InputError(f"{found}: expected key: value lines")
     for key, value in values.items():
-        if key not in DEFAULTS and key not in OPTIONAL:
+        if key not in DEFAULTS:
             raise InputError(f"{found}: unknown hyper-parameter {key!r}{did_you_mean(str(key), DEFAULTS)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"{found}: {key}={value!r} must be a number (yaml reads 1e-3 as text; write 0.001 or 1.0e-3)")
+    if values.get("nbs", 1) < 1:
+        raise InputError(f"{found}: nbs={values['nbs']} must be at least 1")
     return DEFAULTS | values

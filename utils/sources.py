@@ -30,7 +30,7 @@ class Frame:
 
 
 def frames(source: str) -> Iterator[Frame]:
-    """Yield the frames of `source`. Unreadable images are named in the log and skipped; a source with nothing in it is an `InputError`."""
+    """Yield the frames of `source`. Unreadable files are named in the log and skipped; a source with nothing in it is an `InputError`."""
     if source.isdigit() or source.lower().startswith(_STREAMS):
         yield from _video(
             Path(f"stream{source}" if source.isdigit() else Path(source).name or "stream"), int(source) if source.isdigit() else source
@@ -39,19 +39,14 @@ def frames(source: str) -> Iterator[Frame]:
     paths = _paths(source)
     readable = 0
     for path in paths:
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            yield from _video(path, str(path))
-            readable += 1
-            continue
         try:
-            image = load_image(path)
+            for frame in _video(path, str(path)) if path.suffix.lower() in VIDEO_SUFFIXES else [Frame(load_image(path), path)]:
+                readable += 1
+                yield frame
         except InputError as error:
             LOGGER.warning(f"skipped: {error}")
-            continue
-        readable += 1
-        yield Frame(image, path)
     if not readable:
-        raise InputError(f"--source {source}: none of its {len(paths)} files could be read as an image or a video")
+        raise InputError(f"--source {source}: none of its {len(paths)} files can be read as an image or a video")
 
 
 def _paths(source: str) -> list[Path]:
@@ -59,7 +54,7 @@ def _paths(source: str) -> list[Path]:
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file()]
     elif path.is_file() and path.suffix == ".txt":
-        files = [Path(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        files = [Path(line.strip()) for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if line.strip()]
     elif path.is_file():
         files = [path]
     elif any(c in source for c in "*?["):
