@@ -157,6 +157,11 @@ def test_summary_is_a_tree_with_totals() -> None:
         ({"anchors": "auto"}, "anchors must be"),
         ({"activation": "__import__('os').system('true')"}, "activation"),
         ({"depth": 1}, "unknown key 'depth'"),
+        ({"head": None}, "head must be a list"),
+        ({"depth_multiple": "big"}, "depth_multiple must be a positive number, got 'big'"),
+        ({"backbone": [[-1, 1, "Conv", []]]}, "the first argument must be the output channels"),
+        ({"backbone": [["x", 1, "Conv", [8]]]}, "from and repeats must be whole numbers"),
+        ({"head": []}, "no detection level"),
     ],
 )
 def test_a_wrong_yaml_is_named(change: dict, message: str) -> None:

@@ -256,7 +256,7 @@ WRONG: dict[str, tuple[str, Change, str]] = {
         r"lst\.pt.*did you mean last\.pt.*Nothing is downloaded",
     ),
     "weights are text": ("val", _weights(b"hello world, no checkpoint at all"), r"bad\.pt"),
-    "weights are empty": ("detect", _weights(b""), r"bad\.pt"),
+    "weights are empty": ("prune", _weights(b""), r"bad\.pt"),
     "truncated checkpoint": ("slim_prune", _truncated, r"cut\.pt.*truncated"),
     "cfg that does not fit": (
         "val",
@@ -389,3 +389,33 @@ def test_video_is_annotated(work: Path, tmp_path: Path) -> None:
     call("detect", "--weights", work / "sparse/weights/last.pt", "--source", path, "--project", tmp_path, "--name", "v", "--device", "cpu")
     capture = cv2.VideoCapture(str(tmp_path / "v/clip.mp4"))
     assert int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == 3
+
+
+def test_single_cls_models_are_pruned_on_the_data_they_were_trained_on(work: Path, tmp_path: Path) -> None:
+    data, common = work / "data/data.yaml", ["--project", tmp_path, "--device", "cpu"]
+    flags = ["--img", 64, "--batch", 4, "--workers", 0, "--epochs", 1, "--nosave", "--single-cls"]
+    call("train", "--cfg", work / "small.yaml", "--data", data, *flags, *common, "--name", "one")
+    assert load_model(tmp_path / "one/weights/last.pt").names == ("item",), "--nosave still saves the last epoch"
+    call("slim_prune", "--weights", tmp_path / "one/weights/last.pt", "--data", data, "--percent", 0.3, *common, "--name", "cut")
+    assert (tmp_path / "cut/report.json").exists()
+
+
+def test_weights_with_a_yaml_keep_their_anchors(work: Path, tmp_path: Path) -> None:
+    trained = load_model(work / "base/weights/last.pt")
+    flags = ["--img", 64, "--batch", 4, "--workers", 0, "--epochs", 1, "--noautoanchor", "--project", tmp_path, "--name", "again"]
+    call("train", "--weights", work / "base/weights/last.pt", "--cfg", work / "small.yaml", "--data", work / "data/data.yaml", *flags)
+    anchors = [
+        [b.anchors for b in blocks if b.kind == "yolo"]
+        for blocks in (trained.blocks, load_model(tmp_path / "again/weights/last.pt").blocks)
+    ]
+    assert anchors[0] == anchors[1]
+
+
+def test_convert_does_not_write_over_its_source(work: Path, tmp_path: Path) -> None:
+    from models import convert
+
+    source = tmp_path / "m.pt"
+    source.write_bytes((work / "base/weights/last.pt").read_bytes())
+    with pytest.raises(InputError, match="choose another folder"):
+        convert.main([str(source), "--out", str(tmp_path / "m.cfg")])
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]

@@ -20,7 +20,7 @@ from engine.schedule import ScheduleOptions, YoloSchedule, cosine, linear, warmu
 from engine.seams import EpochRecord, Observer, Seams
 from engine.session import resume, train
 from models.checkpoint import load_model
-from models.network import Network
+from models.network import Network, replace_anchors
 from pruning.sparsity import SparsityOptions, SparsityTerm, advice, equivalent_scale, near_zero_share, penalised
 from tests.helpers import alive, small, stock, write_dataset
 from utils.boxes import ciou
@@ -120,6 +120,10 @@ def test_distillation_is_zero_at_the_teacher_and_independent_of_the_batch() -> N
     same = DistillationObjective(loss, alive(small()))(network, images, targets)[1]
     other = DistillationObjective(loss, alive(small(), seed=5))
     assert abs(float(same[3])) < 1e-4
+    moved = replace_anchors(network.blocks, [[(2 * w, 2 * h) for w, h in level.tolist()] for level in network.anchors])
+    teacher = Network(moved)
+    teacher.load_state_dict(network.state_dict() | {"model.14.anchors": teacher.state_dict()["model.14.anchors"]})
+    assert float(DistillationObjective(loss, teacher)(network, images, targets)[1][3]) > 1e-3, "each is decoded with its own anchors"
     once, twice = other(network, images, targets)[1][3], other(network, images.repeat(2, 1, 1, 1), targets)[1][3]
     assert float(once) > 0.01
     assert float(twice) == pytest.approx(float(once), rel=1e-4)
@@ -221,6 +225,13 @@ def test_beta_term_and_decay_to_a_tenth() -> None:
     term.add(network)
     assert gamma_of(network).grad.unique().tolist() == pytest.approx([0.02 * 0.19])
     assert network.get_parameter("model.0.bn.bias").grad.unique().tolist() == pytest.approx([-0.3])
+
+
+def test_frozen_gammas_are_left_alone() -> None:
+    network = Network(small())
+    gamma_of(network).requires_grad_(False)
+    SparsityTerm(["model.0.bn", "model.1.bn"], SparsityOptions(0.02), 1).add(network)
+    assert gamma_of(network).grad is None and network.get_parameter("model.1.bn.weight").grad is not None
 
 
 def test_penalised_sets_are_the_two_of_prune() -> None:
