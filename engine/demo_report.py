@@ -103,7 +103,7 @@ def _picture(folder: Path, models: dict[str, Model], results: dict[str, Any]) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 9.3), layout="constrained", dpi=110)
+    figure = Figure(figsize=(13, 9.3), layout="constrained", dpi=80)
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1, height_ratios=(5.4, 3.9))
     images = sorted(Path("data/generated/digits/images/val").glob("*.jpg"))[:5]

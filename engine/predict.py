@@ -14,7 +14,7 @@ import torch
 from models.checkpoint import load_model
 from models.network import Network, fuse
 from utils.augment import letterbox
-from utils.boxes import normalise, scale_boxes, xyxy_to_xywh
+from utils.boxes import label_text, scale_boxes
 from utils.decode import decode
 from utils.device import Precision, select_device
 from utils.errors import InputError
@@ -149,10 +149,8 @@ class _Writer:
 
     def _write_txt(self, frame: Frame, found: np.ndarray, name: str) -> None:
         stem = Path(name).stem if frame.frame is None else f"{Path(name).stem}_{frame.frame}"
-        boxes = normalise(xyxy_to_xywh(found[:, :4]), frame.image.shape[:2])
-        rows = [(int(d[5]), *box, *([d[4]] if self.options.save_conf else [])) for d, box in zip(found, boxes)]
-        if rows:
-            text = "\n".join(" ".join(f"{v:g}" for v in row) for row in rows) + "\n"
+        if len(found):
+            text = label_text(found, frame.image.shape[:2], self.options.save_conf)
             (make_folder(self.folder / "labels") / f"{stem}.txt").write_text(text, encoding="utf-8")
 
     def _write_crops(self, frame: Frame, found: np.ndarray, name: str) -> None:

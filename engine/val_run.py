@@ -13,7 +13,7 @@ from engine.evaluate import EvaluateOptions, evaluate
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from models.checkpoint import Model, load_model
 from models.network import fuse
-from utils.boxes import normalise, xyxy_to_xywh
+from utils.boxes import label_text
 from utils.data_config import DataConfig, read_data
 from utils.dataset import DatasetOptions, DetectionDataset, make_loader
 from utils.device import Precision, select_device, worker_count
@@ -121,9 +121,7 @@ class _Files:
                 self.rows.append({"image_id": image_id, "category_id": self.ids[c], "bbox": box, "score": round(conf, 5)})
 
     def _write_txt(self, path: Path, shape: tuple[int, int], found: np.ndarray) -> None:
-        boxes = normalise(xyxy_to_xywh(found[:, :4]), shape)
-        rows = [(int(d[5]), *box, *([d[4]] if self.options.save_conf else [])) for d, box in zip(found, boxes)]
-        text = "".join(" ".join(f"{v:g}" for v in row) + "\n" for row in rows)
+        text = label_text(found, shape, self.options.save_conf)
         (make_folder(self.folder / "labels") / f"{path.stem}.txt").write_text(text, encoding="utf-8")
 
     def close(self) -> None:

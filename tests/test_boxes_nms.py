@@ -14,6 +14,7 @@ from utils.boxes import (
     ciou,
     clip_boxes,
     denormalise,
+    label_text,
     normalise,
     scale_boxes,
     xywh_to_xyxy,
@@ -270,3 +271,10 @@ def test_candidates_are_cut_to_the_best_with_ties_in_their_given_order(monkeypat
 def test_half_precision_predictions_give_float32_detections():
     (result,) = non_max_suppression(random_prediction(np.random.default_rng(8), 1, 20, 2).half())
     assert result.dtype == torch.float32 and len(result)
+
+
+def test_label_text_is_normalised_with_the_confidence_on_request():
+    detections = np.array([[10, 20, 30, 60, 0.5, 3]], np.float32)
+    assert label_text(detections, (100, 200), False) == "3 0.1 0.4 0.1 0.4\n"
+    assert label_text(detections, (100, 200), True) == "3 0.1 0.4 0.1 0.4 0.5\n"
+    assert label_text(detections[:0], (100, 200), True) == ""

@@ -92,6 +92,13 @@ def _aspect_angle(xywh: torch.Tensor) -> torch.Tensor:
     return torch.atan(xywh[:, 2] / (xywh[:, 3] + EPS))
 
 
+def label_text(detections: np.ndarray, shape: tuple[int, int], with_conf: bool) -> str:
+    """Detections (n, 6: corners in pixels of an image of `shape` (height, width), confidence, class) as the lines of a label file."""
+    boxes = normalise(xyxy_to_xywh(detections[:, :4]), shape)
+    rows = ((int(d[5]), *box, *([d[4]] if with_conf else [])) for d, box in zip(detections, boxes))
+    return "".join(" ".join(f"{v:g}" for v in row) + "\n" for row in rows)
+
+
 def clip_boxes(xyxy: Boxes, shape: tuple[int, int]) -> Boxes:
     """Return (..., 4) corners moved into an image of `shape` (height, width) pixels."""
     height, width = shape
