@@ -20,6 +20,7 @@ from utils.device import Precision
 from utils.loss import DetectionLoss
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
 from utils.nms import non_max_suppression
+from utils.world import SOLO, World
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,40 @@ class _Tally:
     images: int = 0
     times: np.ndarray = field(default_factory=lambda: np.zeros(3))
     losses: Tensor | None = None
+    batches: int = 0
+    found: list[tuple[Path, tuple[int, int], np.ndarray]] = field(default_factory=list)  # for the main process's `on_image`
+    order: list[tuple[int, int, int]] = field(default_factory=list)  # (batch, rank, image) of each image
+
+
+def _merged(tallies: list[_Tally]) -> _Tally:
+    """The tallies of several processes as one, with the images in the order in which one process would have met them."""
+    if len(tallies) == 1:
+        return tallies[0]
+    whole = _Tally(tallies[0].confusion)
+    order = [place for t in tallies for place in t.order]
+    by_place = sorted(range(len(order)), key=order.__getitem__)
+    for name in ("correct", "conf", "predicted", "true", "found"):
+        items = [item for t in tallies for item in getattr(t, name)]
+        setattr(whole, name, [items[i] for i in by_place] if items else [])
+    for t in tallies[1:]:
+        whole.confusion.matrix += t.confusion.matrix
+    whole.images, whole.batches = sum(t.images for t in tallies), sum(t.batches for t in tallies)
+    whole.times = sum(t.times for t in tallies)
+    losses = [t.losses for t in tallies if t.losses is not None]
+    whole.losses = torch.stack(losses).sum(0) if losses else None
+    return whole
 
 
 @torch.no_grad()
 def evaluate(
     network: Network, loader: EpochLoader, precision: Precision, options: EvaluateOptions = EvaluateOptions(),
-    loss: DetectionLoss | None = None, on_image: ImageSink | None = None, on_batch: BatchSink | None = None,
+    loss: DetectionLoss | None = None, on_image: ImageSink | None = None, on_batch: BatchSink | None = None, world: World = SOLO,
 ) -> Evaluation:  # fmt: skip
     """Evaluate `network` (put into eval mode) on the loader's images.
 
     `on_image(path, (height, width), detections (n, 6) in pixels of the original)` sees every image; `on_batch(index, batch,
-    detections in input pixels)` every batch; with `loss` the mean loss parts are measured too.
+    detections in input pixels)` every batch; with `loss` the mean loss parts are measured too. Of several processes each
+    measures its slice of every batch; all return the figures of the whole, and the sinks run in the main one (`on_batch` on its slices).
     """
     network.eval()
     tally = _Tally(ConfusionMatrix(network.classes))
@@ -110,7 +134,7 @@ def evaluate(
         disable=None if options.progress else True,
         leave=False,
     )
-    for index, batch in enumerate(bar):
+    for batch in bar:
         t0 = _now(precision)
         images = precision.images(batch.images)
         t1 = _now(precision)
@@ -125,10 +149,16 @@ def evaluate(
         if loss is not None:
             parts = loss([m.float() for m in maps], batch.targets.to(precision.device))[1].cpu()
             tally.losses = parts if tally.losses is None else tally.losses + parts
-        if on_batch:
-            on_batch(index, batch, detections)
-        _count(tally, batch, [d.cpu() for d in detections], options, on_image)
-    return _finish(tally, len(loader))
+        if on_batch and world.is_main:
+            on_batch(batch.number, batch, detections)
+        tally.batches += 1
+        tally.order += [(batch.number, world.rank, i) for i in range(len(batch))]
+        _count(tally, batch, [d.cpu() for d in detections], options, on_image is not None)
+    tally = _merged(world.gather(tally))
+    if on_image and world.is_main:
+        for item in tally.found:
+            on_image(*item)
+    return _finish(tally)
 
 
 def _now(precision: Precision) -> float:
@@ -137,7 +167,7 @@ def _now(precision: Precision) -> float:
     return time.perf_counter()
 
 
-def _count(tally: _Tally, batch: Batch, detections: list[Tensor], options: EvaluateOptions, on_image: ImageSink | None) -> None:
+def _count(tally: _Tally, batch: Batch, detections: list[Tensor], options: EvaluateOptions, keep: bool) -> None:
     """Match each image's detections with its labels, both in pixels of the original image."""
     height, width = batch.images.shape[2:]
     for i, (found, (shape, (gain, *pad)), path) in enumerate(zip(detections, batch.shapes, batch.paths)):
@@ -153,13 +183,13 @@ def _count(tally: _Tally, batch: Batch, detections: list[Tensor], options: Evalu
         tally.conf.append(found[:, 4])
         tally.predicted.append(found[:, 5])
         tally.confusion.add(found, labels)
-        if on_image:
-            on_image(path, shape, found)
+        if keep:
+            tally.found.append((path, shape, found))
 
 
-def _finish(tally: _Tally, batches: int) -> Evaluation:
+def _finish(tally: _Tally) -> Evaluation:
     true = np.concatenate(tally.true)
     result = ap_per_class(np.concatenate(tally.correct), np.concatenate(tally.conf), np.concatenate(tally.predicted), true)
     speed = dict(zip(("preprocess", "inference", "nms"), (tally.times / max(tally.images, 1) * 1e3).tolist()))
-    losses = tuple((tally.losses / batches).tolist()) if tally.losses is not None else ()
+    losses = tuple((tally.losses / tally.batches).tolist()) if tally.losses is not None else ()
     return Evaluation(tally.images, len(true), result, tally.confusion, speed, losses)

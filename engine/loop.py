@@ -2,17 +2,22 @@
 
 Per batch: schedule -> objective -> backward; per optimizer step: unscale, clip, gradient terms, step, masks, EMA, masks on the EMA.
 Per epoch: transitions before it; evaluation of the EMA, then observers after it.
+
+With several processes (a `World`) each runs this loop on its slice of every batch. Gradients are averaged by torch's
+DistributedDataParallel, so weights, optimizer and EMA stay equal in all of them; observers belong to the main process.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.ema import Ema
 from engine.seams import EpochRecord, Evaluator, Objective, Schedule, Seams
@@ -20,13 +25,15 @@ from models.network import Network
 from utils.device import Precision
 from utils.errors import InputError
 from utils.log import LOGGER
+from utils.world import SOLO, World
 
 
 class TrainingBatch(Protocol):
-    """What the loop needs of a batch: (B, 3, H, W) uint8 images and (m, 6) targets."""
+    """What the loop needs of a batch: (B, 3, H, W) uint8 images and (m, 6) targets; `total`: images over all processes."""
 
     images: Tensor
     targets: Tensor
+    total: int
 
 
 class EpochData(Protocol):
@@ -51,16 +58,25 @@ class Loop:
 
     def __init__(
         self, network: Network, objective: Objective, optimizer: torch.optim.Optimizer, schedule: Schedule, data: EpochData,
-        evaluator: Evaluator, precision: Precision, options: LoopOptions, seams: Seams,
+        evaluator: Evaluator, precision: Precision, options: LoopOptions, seams: Seams, world: World = SOLO,
     ) -> None:  # fmt: skip
         self.network, self.objective, self.optimizer, self.schedule = network, objective, optimizer, schedule
         self.data, self.evaluator, self.precision, self.options, self.seams = data, evaluator, precision, options, seams
+        self.world = world
         self.ema = Ema(network)
+        self.parallel = self.wrap()
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales)
         self.start_epoch = 0
         self.best_fitness = -math.inf
         self._last_step = -1
         self._means = torch.zeros(len(objective.names))
+
+    def wrap(self) -> nn.Module:
+        """The network as the objective calls it: itself, or one whose backward averages the gradients over the processes."""
+        if self.world.size == 1:
+            return self.network
+        devices = [self.precision.device] if self.precision.device.type == "cuda" else None
+        return DistributedDataParallel(self.network, device_ids=devices)
 
     def run(self) -> None:
         """Train; observers see every epoch, and may stop it."""
@@ -78,11 +94,13 @@ class Loop:
         losses = self._train_epoch(epoch)
         rates = {f"x/lr{i}": group["lr"] for i, group in enumerate(self.optimizer.param_groups)}
         last = epoch + 1 == self.options.epochs
+        self.world.align(self.ema.network)  # running statistics are each process's own until here
         fitness, metrics = self.evaluator(self.ema.network) if last or self.options.evaluate_every_epoch else (0.0, {})
         is_best = fitness >= self.best_fitness
         self.best_fitness = max(fitness, self.best_fitness)
         record = EpochRecord(epoch, losses, metrics, rates, fitness, is_best)
-        return any([observer.epoch_end(self, record) for observer in self.seams.observers])
+        stop = any([observer.epoch_end(self, record) for observer in self.seams.observers])
+        return self.world.from_main(stop)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.network.train()
@@ -91,27 +109,37 @@ class Loop:
         self._means = torch.zeros(len(self.objective.names))
         for index, batch in enumerate(self.data.epoch(epoch)):
             images = self.precision.images(batch.images)
-            items = self._batch(epoch, index, images, batch.targets.to(images.device, non_blocking=True))
-            self._means += (items.cpu() - self._means) / (index + 1)
+            # Of fewer images than processes each takes all: their gradients and parts are then counted that many times.
+            repeats = self.world.size if batch.total < self.world.size else 1
+            items = self._batch(epoch, index, images, batch.targets.to(images.device, non_blocking=True), repeats)
+            self._means += (items - self._means) / (index + 1)
             for observer in self.seams.observers:
                 observer.batch_end(self, index, batch.images, batch.targets, self._means)
         return {f"train/{name}": float(v) for name, v in zip(self.objective.names, self._means)}
 
-    def _batch(self, epoch: int, index: int, images: Tensor, targets: Tensor) -> Tensor:
+    def _batch(self, epoch: int, index: int, images: Tensor, targets: Tensor, repeats: int = 1) -> Tensor:
+        """Forward, backward and, where it is due, the optimizer's step; return the parts of the loss over all processes, on the CPU."""
         step = epoch * len(self.data) + index
         accumulate = min(self.schedule.batch(step, epoch), len(self.data))
-        with self.precision.autocast():
-            loss, items = self.objective(self.network, images, targets)
+        due = step - self._last_step >= accumulate
+        with nullcontext() if due or self.world.size == 1 else self.parallel.no_sync():
+            with self.precision.autocast():
+                loss, items = self.objective(self.parallel, images, targets)
+            items = self.world.mean(items).cpu()
+            self._check(items, epoch, index)
+            self.scaler.scale(loss / repeats if repeats > 1 else loss).backward()
+        if due:
+            self._optimizer_step()
+            self._last_step = step
+        return items
+
+    def _check(self, items: Tensor, epoch: int, index: int) -> None:
+        """Raise `InputError` where the loss is no number any more. (The same in every process, since the parts are their mean.)"""
         if not bool(torch.isfinite(items).all()):
             raise InputError(
                 f"the loss became {items.tolist()} in epoch {epoch + 1}, batch {index + 1}; training stopped, the last checkpoint is kept. "
                 "Lower lr0 in the hyp file (a tenth is a good start) or the sparsity strength"
             )
-        self.scaler.scale(loss).backward()
-        if step - self._last_step >= accumulate:
-            self._optimizer_step()
-            self._last_step = step
-        return items
 
     def _optimizer_step(self) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -146,7 +174,7 @@ class Loop:
         self.scaler.load_state_dict(state["scaler"])
         self.ema.updates, self.best_fitness, self.start_epoch = state["ema_updates"], state["best_fitness"], epoch + 1
         seams = self.seams.stateful()
-        if seams.keys() != state["seams"].keys():
+        if self.world.is_main and seams.keys() != state["seams"].keys():  # the others have no observers
             raise InputError(
                 f"--resume: the run was made with {sorted(state['seams'])}, this one has {sorted(seams)}; "
                 "use the script and flags it was started with"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.seams import Forward
 from models.network import Network
 from utils.decode import decode_boxes, split_anchors
 from utils.loss import DetectionLoss
@@ -21,7 +22,7 @@ class DetectionObjective:
     def __init__(self, loss: DetectionLoss) -> None:
         self.loss = loss
 
-    def __call__(self, network: Network, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, network: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss(network(images), targets)
 
 
@@ -53,32 +54,33 @@ class DistillationObjective:
 
     names = ("box_loss", "obj_loss", "cls_loss", "distill_loss")
 
-    def __init__(self, loss: DetectionLoss, teacher: Network, options: DistillOptions = DistillOptions()) -> None:
+    def __init__(self, loss: DetectionLoss, teacher: Network, anchors: Tensor, options: DistillOptions = DistillOptions()) -> None:
+        """`anchors`: the student's, (levels, na, 2) in pixels."""
         self.loss, self.teacher, self.options = loss, teacher.eval().requires_grad_(False), options
-        self.anchors = teacher.anchors
+        self.anchors = list(zip(anchors, teacher.anchors))
 
-    def __call__(self, network: Network, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, network: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         maps = network(images)
         total, parts = self.loss(maps, targets)
         with torch.no_grad():
             wanted = self.teacher(images)
-        term = sum(self._level(s, t, a, b) for s, t, a, b in zip(maps, wanted, network.anchors, self.anchors)) * (
-            self.options.weight / len(maps)
-        )
-        return total + term * images.shape[0], torch.cat((parts, term.detach().view(1)))
+        attention = [split_anchors(t, len(a)).float()[..., 4].sigmoid() for t, (a, _) in zip(wanted, self.anchors)]
+        counts = torch.stack([*(a.sum() for a in attention), attention[0].new_tensor(len(images))])
+        sums = self.loss.world.total(counts)
+        levels = zip(maps, wanted, attention, self.anchors, self.loss.world.share(counts, sums))
+        term = sum(self._level(s, t, a, *anchors) * share for s, t, a, anchors, share in levels) * (self.options.weight / len(maps))
+        return total + term * sums[-1], torch.cat((parts, term.detach().view(1)))
 
-    def _level(self, student: Tensor, teacher: Tensor, anchors: Tensor, teacher_anchors: Tensor) -> Tensor:
+    def _level(self, student: Tensor, teacher: Tensor, attention: Tensor, anchors: Tensor, teacher_anchors: Tensor) -> Tensor:
         o, na = self.options, len(anchors)
         s, t = split_anchors(student, na).float(), split_anchors(teacher, na).float()
-        attention = t[..., 4].sigmoid()
-        total = attention.sum().clamp(min=1e-3)
         own, theirs = (a.to(student.device).view(na, 1, 1, 2) for a in (anchors, teacher_anchors))
         (s_xy, s_wh), (t_xy, t_wh) = decode_boxes(s[..., :4], own), decode_boxes(t[..., :4], theirs)
         box = (s_xy - t_xy).abs().sum(-1) / 2 + ((s_wh - t_wh).abs() / t_wh.clamp(min=1.0)).sum(-1) / 2
         loss = o.box * (attention * box).sum() + o.obj * _binary_kl(t[..., 4], s[..., 4]).sum()
         if s.shape[-1] > 6:  # more than one class
             loss = loss + o.cls * (attention * _binary_kl(t[..., 5:], s[..., 5:]).mean(-1)).sum()
-        return loss / total
+        return loss / attention.sum().clamp(min=1e-3)
 
 
 def _binary_kl(teacher: Tensor, student: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 GROUPS = ("bias", "weight", "norm")  # YOLOv5 v6.2+ order: x/lr0 is the biases
 
@@ -16,7 +17,7 @@ def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
             if name == "bias":
                 groups["bias"].append(parameter)
             else:
-                groups["norm" if isinstance(module, nn.BatchNorm2d) else "weight"].append(parameter)
+                groups["norm" if isinstance(module, _BatchNorm) else "weight"].append(parameter)
     return groups
 
 

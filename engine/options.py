@@ -11,6 +11,8 @@ from utils.errors import InputError
 class TrainOptions:
     """Everything a run is started with; it is saved with the checkpoint, so that `--resume` needs nothing else.
 
+    `batch_size` is over all processes; -1: the largest that fits on CUDA.
+
     `strict`: a `cfg` must fit `weights` exactly (fine-tuning a pair); otherwise the tensors that fit are transferred.
     `sr`: sparsity strength, None where the run is not a sparsity training. `teacher`: a checkpoint to distil from.
     """
@@ -23,6 +25,10 @@ class TrainOptions:
     batch_size: int = 16
     imgsz: int = 640
     rect: bool = False
+    quad: bool = False
+    multi_scale: bool = False
+    image_weights: bool = False
+    sync_bn: bool = False
     nosave: bool = False
     noval: bool = False
     noautoanchor: bool = False
@@ -51,8 +57,10 @@ class TrainOptions:
     distill_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
-            raise InputError(f"--epochs {self.epochs}, --batch-size {self.batch_size}: both must be at least 1")
+        if self.epochs < 1 or (self.batch_size < 1 and self.batch_size != -1):
+            raise InputError(
+                f"--epochs {self.epochs}, --batch-size {self.batch_size}: both must be at least 1; --batch-size -1 is the largest that fits"
+            )
         if self.optimizer not in ("SGD", "Adam", "AdamW"):
             raise InputError(f"--optimizer {self.optimizer}: choose SGD, Adam or AdamW")
         if self.seed < 0:

@@ -6,7 +6,7 @@ resuming 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
     from engine.loop import Loop
 
 
+Forward = Callable[[Tensor], list[Tensor]]  # a Network, or one wrapped for several processes
+
+
 class Objective(Protocol):
     """What is minimised. `names` are the logged parts, in order."""
 
     names: tuple[str, ...]
 
-    def __call__(self, network: Network, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) images in 0..1 and (m, 6) targets -> the scalar loss and its detached parts (len(names),)."""
+    def __call__(self, network: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) images in 0..1 and (m, 6) targets -> the scalar loss and its detached parts (len(names),).
+
+        With several processes the mean of both over the processes is that of the whole batch.
+        """
 
 
 class GradientTerm(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -10,7 +9,9 @@ import numpy as np
 import torch
 import yaml
 
+from engine.autobatch import largest_batch
 from engine.evaluate import EvaluateOptions, evaluate
+from engine.image_weights import ImageWeights
 from engine.loop import Loop, LoopOptions
 from engine.objectives import DetectionObjective, DistillationObjective, DistillOptions
 from engine.observers import BatchPictures, Checkpoints, CsvLog, EarlyStopping, GammaLog, Progress, TensorBoard
@@ -18,11 +19,11 @@ from engine.optim import build_optimizer
 from engine.options import TrainOptions
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from engine.schedule import ScheduleOptions, YoloSchedule, warmup_batches
-from engine.seams import Objective, Observer, Seams
+from engine.seams import Evaluator, Objective, Observer, Seams
 from models.blocks import Blocks, flops, parameters, strides
 from models.cfg import read_cfg_text, write_cfg
 from models.checkpoint import Model, load_model, read_structure, transfer, with_anchors_of
-from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors
+from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms
 from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised
 from utils import plots
 from utils.anchors import autoanchor, label_sizes
@@ -37,6 +38,7 @@ from utils.hyp import read_hyp
 from utils.labels import LabelSet, scan_labels
 from utils.log import LOGGER
 from utils.loss import DetectionLoss, LossOptions
+from utils.world import World, join
 
 # The columns of an evaluation in results.csv and TensorBoard: YOLOv5's names, in the order of `Evaluation.metrics()` and `losses`.
 METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95", "val/box_loss", "val/obj_loss", "val/cls_loss")
@@ -57,8 +59,9 @@ class _Data:
 
 def train(options: TrainOptions) -> Path:
     """Train as `options` say, in a new run folder; return the folder. Raises `InputError` before anything is written where an input is wrong."""
-    folder = run_folder(options.project, options.name, options.exist_ok)
-    return _train(options, folder, None)
+    with join() as world:
+        folder = world.from_main(run_folder(options.project, options.name, options.exist_ok))
+        return _train(options, folder, None, world)
 
 
 def resume(path: str | Path, device: str = "", workers: int | None = None) -> Path:
@@ -70,7 +73,8 @@ def resume(path: str | Path, device: str = "", workers: int | None = None) -> Pa
     known = {f.name for f in fields(TrainOptions)}
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in model.options.items() if k in known}
     options = replace(TrainOptions(**saved), device=device or saved["device"], workers=saved["workers"] if workers is None else workers)
-    return _train(options, last.parent.parent, model)
+    with join() as world:
+        return _train(options, last.parent.parent, model, world)
 
 
 def _newest_checkpoint() -> Path:
@@ -80,8 +84,9 @@ def _newest_checkpoint() -> Path:
     return found[-1]
 
 
-def _train(options: TrainOptions, folder: Path, resumed: Model | None) -> Path:
-    device = select_device(options.device)
+def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: World) -> Path:
+    device = select_device(options.device, world)
+    _check_world(options, device, world)
     hyp = (
         resumed.hyp
         if resumed
@@ -89,18 +94,26 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None) -> Path:
     )
     torch.manual_seed(options.seed + 1)
     blocks, state = (resumed.blocks, None) if resumed else _structure(options)
-    data = _read_data(options, max(32, max(strides(blocks))))
+    with world.main_first():
+        data = _read_data(options, max(32, max(strides(blocks))), world)
     if not resumed:
         blocks = _for_data(blocks, data, hyp, options)
     network = _network(blocks, state, options, hyp)
     precision = training_precision(device, options.amp)
+    if options.sync_bn:
+        synchronise_norms(network)
     network.to(device, memory_format=torch.channels_last)
-    loop, checkpoints = _assemble(network, data, hyp, options, precision, folder)
+    if options.batch_size == -1:
+        options = replace(options, batch_size=world.size * largest_batch(network, data.imgsz, precision))
+    loop, checkpoints = _assemble(network, data, hyp, options, precision, folder, world)
     if resumed:
         loop.load_state_dict(resumed.training, resumed.state, resumed.epoch)
-    _prepare_folder(folder, options, hyp, data)
+    if world.is_main:
+        _prepare_folder(folder, options, hyp, data)
     LOGGER.info(
-        f"training {len(data.train)} images, validating {len(data.val)}, {data.imgsz} px, {precision_text(precision)}; results go to {folder}"
+        f"training {len(data.train)} images, validating {len(data.val)}, {data.imgsz} px, {precision_text(precision)}"
+        + (f", {world.size} processes" if world.size > 1 else "")
+        + f"; results go to {folder}"
     )
     try:
         loop.run()
@@ -110,7 +123,18 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None) -> Path:
         else:
             LOGGER.info("interrupted before an epoch was saved; nothing is kept")
         raise
-    return _finish(checkpoints, data, options, precision, folder)
+    return _finish(checkpoints, data, options, precision, folder) if world.is_main else folder
+
+
+def _check_world(options: TrainOptions, device: torch.device, world: World) -> None:
+    if options.sync_bn and device.type != "cuda":
+        raise InputError("--sync-bn: synchronised batch norms need CUDA, and this run is on the CPU; leave the flag out")
+    if world.size > options.batch_size > 0:
+        raise InputError(
+            f"--batch-size {options.batch_size} is over all {world.size} processes, and each needs an image; give at least {world.size}"
+        )
+    if options.image_weights and (world.size > 1 or options.rect):
+        raise InputError("--image-weights draws the images anew each epoch; that goes together with neither torchrun nor --rect")
 
 
 def precision_text(precision: Precision) -> str:
@@ -133,13 +157,14 @@ def _structure(options: TrainOptions) -> tuple[Blocks, dict | None]:
     return read_structure(options.cfg), None
 
 
-def _read_data(options: TrainOptions, stride: int) -> _Data:
+def _read_data(options: TrainOptions, stride: int, world: World) -> _Data:
     config = read_data(options.data)
     names = ("item",) if options.single_cls else config.names
     imgsz = multiple(options.imgsz, stride)
     if imgsz != options.imgsz:
         LOGGER.info(f"--imgsz {options.imgsz} is raised to {imgsz}, a multiple of {stride}")
-    return _Data(config, names, scan_labels(config.train, config.nc), scan_labels(config.val, config.nc), imgsz)
+    quiet = not world.is_main
+    return _Data(config, names, scan_labels(config.train, config.nc, quiet=quiet), scan_labels(config.val, config.nc, quiet=quiet), imgsz)
 
 
 def _for_data(blocks: Blocks, data: _Data, hyp: dict[str, float], options: TrainOptions) -> Blocks:
@@ -168,27 +193,26 @@ def _network(blocks: Blocks, state: dict | None, options: TrainOptions, hyp: dic
     return network
 
 
-def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, stride: int) -> tuple[EpochLoader, EpochLoader]:
+def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, stride: int, world: World) -> tuple[EpochLoader, EpochLoader]:
     augment = AugmentOptions.from_hyp(hyp)
     common = DatasetOptions(data.imgsz, stride=stride, cache=options.cache, single_cls=options.single_cls, seed=options.seed)
-    training = replace(common, augment=augment, rect=options.rect, batch_size=options.batch_size)
+    training = replace(common, augment=augment, rect=options.rect, batch_size=options.batch_size, multi_scale=options.multi_scale)
     validation = replace(common, rect=True, pad=0.5, batch_size=2 * options.batch_size)
-    workers = worker_count(options.workers)
+    workers = worker_count(options.workers, world)
     pin = torch.cuda.is_available()
     return (
-        make_loader(DetectionDataset(data.train, training), workers, shuffle=True, pin_memory=pin),
-        make_loader(DetectionDataset(data.val, validation), workers, pin_memory=pin),
+        make_loader(DetectionDataset(data.train, training), workers, shuffle=True, pin_memory=pin, world=world),
+        make_loader(DetectionDataset(data.val, validation), workers, pin_memory=pin, world=world),
     )
 
 
 def _assemble(
-    network: Network, data: _Data, hyp: dict, options: TrainOptions, precision: Precision, folder: Path
+    network: Network, data: _Data, hyp: dict, options: TrainOptions, precision: Precision, folder: Path, world: World
 ) -> tuple[Loop, Checkpoints]:
     """Build the loop and its seams."""
-    train_loader, val_loader = _loaders(data, hyp, options, network.max_stride)
-    loss = DetectionLoss(
-        network.anchors, network.strides, data.nc, data.imgsz, LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)})
-    )
+    train_loader, val_loader = _loaders(data, hyp, options, network.max_stride, world)
+    loss_options = LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)})
+    loss = DetectionLoss(network.anchors, network.strides, data.nc, data.imgsz, loss_options, world)
     objective = _objective(loss, options, precision, network)
     accumulate = max(round(hyp["nbs"] / options.batch_size), 1)
     decay = hyp["weight_decay"] * options.batch_size * accumulate / hyp["nbs"]
@@ -198,9 +222,14 @@ def _assemble(
         options.epochs, hyp["lr0"], hyp["lrf"], hyp["momentum"], warmup, hyp["warmup_momentum"], hyp["warmup_bias_lr"], accumulate, options.cos_lr,
     ))  # fmt: skip
     seams, checkpoints = _seams(network, data, hyp, options, folder, len(train_loader), objective)
-    evaluator = _evaluator(val_loader, precision, options, loss)
+    weights = ImageWeights(train_loader, data.train.labels, data.nc, options.seed) if options.image_weights else None
+    if weights:
+        seams.transitions.append(weights)
+    if not world.is_main:
+        seams.observers.clear()
+    evaluator = _evaluator(val_loader, precision, options, loss.alone(), world, weights)
     loop_options = LoopOptions(options.epochs, evaluate_every_epoch=not options.noval)
-    return Loop(network, objective, optimizer, schedule, train_loader, evaluator, precision, loop_options, seams), checkpoints
+    return Loop(network, objective, optimizer, schedule, train_loader, evaluator, precision, loop_options, seams, world), checkpoints
 
 
 def _objective(loss: DetectionLoss, options: TrainOptions, precision: Precision, student: Network) -> Objective:
@@ -215,12 +244,18 @@ def _objective(loss: DetectionLoss, options: TrainOptions, precision: Precision,
         )
     if not torch.allclose(teacher.anchors, student.anchors):
         LOGGER.info("the teacher's anchors differ from the student's; each is decoded with its own")
-    return DistillationObjective(loss, teacher, DistillOptions(weight=options.distill_weight))
+    return DistillationObjective(loss, teacher, student.anchors, DistillOptions(weight=options.distill_weight))
 
 
-def _evaluator(loader: EpochLoader, precision: Precision, options: TrainOptions, loss: DetectionLoss) -> Callable:
+def _evaluator(
+    loader: EpochLoader, precision: Precision, options: TrainOptions, loss: DetectionLoss, world: World, weights: ImageWeights | None
+) -> Evaluator:
+    limits = EvaluateOptions(single_cls=options.single_cls, progress=world.is_main)
+
     def run(network: Network) -> tuple[float, dict[str, float]]:
-        evaluation = evaluate(network, loader, precision, EvaluateOptions(single_cls=options.single_cls), loss)
+        evaluation = evaluate(network, loader, precision, limits, loss, world=world)
+        if weights:
+            weights.observe(evaluation.result)
         return evaluation.fitness, dict(zip(METRICS, (*evaluation.metrics().values(), *evaluation.losses)))
 
     return run

@@ -17,9 +17,13 @@ def add_train_flags(p: Parser, epochs: int, hyp: str = "hyp.scratch-low.yaml", p
     p.add_argument("--data", default="data/digits.yaml", help="dataset .yaml, or Darknet .data")
     p.add_argument("--hyp", default=hyp, help="hyper-parameters (a path, or a name in data/hyps)")
     p.add_argument("--epochs", type=int, default=epochs)
-    p.add_argument("--batch-size", "--batch", type=int, default=16)
+    p.add_argument("--batch-size", "--batch", type=int, default=16, help="images per batch over all processes; -1: as many as fit on CUDA")
     add_size(p)
     p.add_argument("--rect", action="store_true", help="rectangular batches, no mosaic")
+    p.add_argument("--quad", action="store_true", help="join four images of a batch into one, at twice the size or tiled")
+    p.add_argument("--multi-scale", action="store_true", help="vary the image size by +-50%% from batch to batch")
+    p.add_argument("--image-weights", action="store_true", help="draw images with rare or badly found classes more often")
+    p.add_argument("--sync-bn", action="store_true", help="batch norm statistics over all processes (CUDA, under torchrun)")
     p.add_argument(
         "--resume", nargs="?", const="newest", default="", help="continue a run: the path of its last.pt, or nothing for the newest"
     )
@@ -46,7 +50,7 @@ def train_options(args: argparse.Namespace, **extra: Any) -> TrainOptions:
     """`TrainOptions` from the shared flags; `extra` are those of one script."""
     name = Path(args.cfg).stem if args.name == "cfg" and args.cfg else args.name
     same = (
-        "weights cfg data hyp epochs batch_size imgsz rect nosave noval noautoanchor cache device workers single_cls cos_lr "
+        "weights cfg data hyp epochs batch_size imgsz rect quad multi_scale image_weights sync_bn nosave noval noautoanchor cache device workers single_cls cos_lr "
         "label_smoothing patience save_period seed project exist_ok"
     )
     values = {key: getattr(args, key) for key in same.split()}

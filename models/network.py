@@ -111,19 +111,19 @@ def _op_conv(block: Block, blocks: Blocks) -> nn.Module:
     conv = nn.Conv2d(cin, block.channels, block.size, block.stride, block.padding, groups=block.groups, bias=block.bias)
     if block.batch_norm:
         return ConvUnit(conv, nn.BatchNorm2d(block.channels, block.bn_eps, block.bn_momentum), activation(block.activation))
-    if block.activation == "linear":
-        return conv
-    conv.act = activation(block.activation)  # fused: one module under one name, the activation without tensors beside it
-    conv.register_forward_hook(lambda module, inputs, output: module.act(output))
-    return conv
+    return _activated(conv, block)  # fused
 
 
 def _op_batchnorm(block: Block, blocks: Blocks) -> nn.Module:
-    bn = nn.BatchNorm2d(block.channels, block.bn_eps, block.bn_momentum)
+    return _activated(nn.BatchNorm2d(block.channels, block.bn_eps, block.bn_momentum), block)
+
+
+def _activated(module: nn.Module, block: Block) -> nn.Module:
+    """One module under one name, with the block's activation, which has no tensors, behind it."""
     if block.activation != "linear":
-        bn.act = activation(block.activation)
-        bn.register_forward_hook(lambda module, inputs, output: module.act(output))
-    return bn
+        module.act = activation(block.activation)
+        module.register_forward_hook(lambda module, inputs, output: module.act(output))
+    return module
 
 
 def _op_route(block: Block, blocks: Blocks) -> Callable[..., Tensor]:
@@ -178,6 +178,17 @@ def init_gammas(network: Network, value: float) -> None:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight, value)
+
+
+def synchronise_norms(network: Network) -> None:
+    """Let every batch norm take its statistics over all processes of a distributed training (CUDA only), in place."""
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    for i, (block, op) in enumerate(zip(network.blocks, network._ops)):
+        if isinstance(op, ConvUnit):
+            op.bn = convert(op.bn)
+        elif isinstance(op, nn.BatchNorm2d):
+            network._ops[i] = _activated(convert(op), block)
+            _register(network, block.name, network._ops[i])
 
 
 def replace_anchors(blocks: Blocks, anchors: list[list[tuple[float, float]]]) -> Blocks:

@@ -17,9 +17,10 @@ import torch
 from utils import data_config
 from utils.augment import AugmentOptions
 from utils.data_config import read_data
-from utils.dataset import DatasetOptions, DetectionDataset, EpochBatchSampler, collate, make_loader
+from utils.dataset import DatasetOptions, DetectionDataset, EpochBatchSampler, collate, drawn_size, make_loader, rescaled
 from utils.errors import InputError
 from utils.labels import label_path, list_images, load_image, parse_labels, scan_labels
+from utils.world import World
 
 
 def write_image(path: Path, height: int = 40, width: int = 60, seed: int = 0) -> Path:
@@ -538,8 +539,46 @@ def test_sampler_keeps_order_without_shuffle_and_binds_its_epoch():
     sampler = EpochBatchSampler(5, 2, shuffle=False, seed=0)
     first = iter(sampler)
     sampler.epoch = 1
-    assert list(first) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]
-    assert list(sampler)[0] == [(1, 0), (1, 1)] and len(sampler) == 3
+    assert [batch.keys for batch in first] == [((0, 0), (0, 1)), ((0, 2), (0, 3)), ((0, 4),)]
+    assert [(batch.number, batch.total) for batch in sampler] == [(0, 2), (1, 2), (2, 1)]
+    assert next(iter(sampler)).keys == ((1, 0), (1, 1)) and len(sampler) == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_slices_of_several_processes_make_up_the_batches_of_one(training):
+    whole = list(EpochBatchSampler(10, 4, shuffle=True, seed=3))
+    parts = [list(EpochBatchSampler(10, 4, True, 3, World(rank, 3), training)) for rank in range(3)]
+    for batch in whole:
+        slices = [next((p.keys for p in part if p.number == batch.number), ()) for part in parts]
+        if training and batch.total < 3:
+            assert slices == [batch.keys] * 3, "a batch too small to share is trained on whole by all"
+        else:
+            assert sum(slices, ()) == batch.keys
+    assert whole[-1].total == 2 and all(len(part) == len(whole) for part in parts if training)
+    assert [len(part) for part in parts] == ([3, 3, 3] if training else [3, 3, 2])
+
+
+def test_drawn_positions_take_the_place_of_each_one_once():
+    sampler = EpochBatchSampler(4, 4, shuffle=False, seed=0)
+    sampler.drawn = np.array([2, 2, 0, 1])
+    assert [position for _, position in next(iter(sampler)).keys] == [2, 2, 0, 1]
+
+
+def test_multi_scale_draws_sizes_by_seed_epoch_and_number_within_half_to_one_and_a_half():
+    options = DatasetOptions(imgsz=128, multi_scale=True)
+    sizes = [drawn_size(options, epoch, number) for epoch in range(4) for number in range(50)]
+    assert sizes == [drawn_size(options, epoch, number) for epoch in range(4) for number in range(50)]
+    assert set(sizes) == {64, 96, 128, 160, 192} and len(set(sizes[:20])) > 2
+
+
+def test_a_rescaled_batch_keeps_its_labels_and_its_picture(split):
+    dataset = DetectionDataset(scan_labels(split), DatasetOptions(imgsz=64, batch_size=2))
+    batch = next(make_loader(dataset).epoch(0))
+    larger = rescaled(batch, 96)
+    assert larger.images.shape == (2, 3, 96, 96) and torch.equal(larger.targets, batch.targets)
+    wanted = torch.nn.functional.interpolate(batch.images.float(), size=(96, 96), mode="bilinear")
+    assert (larger.images.float() - wanted).abs().max() <= 1
+    assert rescaled(batch, 64) is batch
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -117,13 +117,15 @@ def test_distillation_is_zero_at_the_teacher_and_independent_of_the_batch() -> N
     network = alive(small())
     loss = DetectionLoss(network.anchors, network.strides, 3, 64)
     images, targets = torch.rand(2, 3, 64, 64), torch.tensor([[0, 1, 0.4, 0.5, 0.3, 0.4]])
-    same = DistillationObjective(loss, alive(small()))(network, images, targets)[1]
-    other = DistillationObjective(loss, alive(small(), seed=5))
+    same = DistillationObjective(loss, alive(small()), network.anchors)(network, images, targets)[1]
+    other = DistillationObjective(loss, alive(small(), seed=5), network.anchors)
     assert abs(float(same[3])) < 1e-4
     moved = replace_anchors(network.blocks, [[(2 * w, 2 * h) for w, h in level.tolist()] for level in network.anchors])
     teacher = Network(moved)
     teacher.load_state_dict(network.state_dict() | {"model.14.anchors": teacher.state_dict()["model.14.anchors"]})
-    assert float(DistillationObjective(loss, teacher)(network, images, targets)[1][3]) > 1e-3, "each is decoded with its own anchors"
+    assert float(DistillationObjective(loss, teacher, network.anchors)(network, images, targets)[1][3]) > 1e-3, (
+        "each is decoded with its own anchors"
+    )
     once, twice = other(network, images, targets)[1][3], other(network, images.repeat(2, 1, 1, 1), targets)[1][3]
     assert float(once) > 0.01
     assert float(twice) == pytest.approx(float(once), rel=1e-4)
@@ -264,6 +266,7 @@ def test_advice_names_what_to_try() -> None:
 class _Batch:
     images: torch.Tensor
     targets: torch.Tensor
+    total: int = 2
 
 
 class _Data:

@@ -37,6 +37,7 @@ from utils.augment import (
 from utils.errors import InputError
 from utils.labels import LabelSet, load_image
 from utils.log import LOGGER
+from utils.world import SOLO, World
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -51,7 +52,7 @@ class DatasetOptions:
     imgsz: long side of the network input, pixels.  augment: None for evaluation.  rect: batches of similar aspect,
     padded as little as `stride` allows plus `pad` strides, in a fixed order and without mosaic; otherwise squares.
     cache: None, "ram" (resized images) or "disk" (decoded images as `.npy` beside them).  single_cls: all classes
-    become 0.
+    become 0.  multi_scale: every batch at another size, 0.5 to 1.5 times imgsz.
     """
 
     imgsz: int = 640
@@ -63,6 +64,7 @@ class DatasetOptions:
     cache: str | None = None
     single_cls: bool = False
     seed: int = 0
+    multi_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.cache not in (None, "ram", "disk"):
@@ -93,7 +95,8 @@ class Batch:
     """Samples of one size.
 
     images: uint8 (B, 3, H, W) RGB.  targets: float32 (M, 6), [image in batch, class, cx, cy, w, h] normalised to
-    (W, H).  indices, shapes, paths: one per image, as in `Sample`.
+    (W, H).  indices, shapes, paths: one per image, as in `Sample`.  number: the batch's place in its epoch.  total: images
+    of the whole batch, of which several processes have a slice each.
     """
 
     images: torch.Tensor
@@ -101,13 +104,15 @@ class Batch:
     indices: tuple[int, ...]
     shapes: tuple[ShapeInfo, ...]
     paths: tuple[Path, ...]
+    number: int = 0
+    total: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the name is the one that torch's loader calls."""
-        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.indices, self.shapes, self.paths)
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
 
 class DetectionDataset(Dataset):
@@ -321,28 +326,68 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Yields batches of (epoch, position) keys; the last one may be short. Set `epoch` before each iteration."""
+def drawn_size(options: DatasetOptions, epoch: int, number: int) -> int:
+    """The long side of batch `number` under `multi_scale`: a multiple of the stride (at least 32) from 0.5 to 1.5 times imgsz, as in YOLOv5."""
+    step = max(options.stride, 32)
+    rng = np.random.default_rng([options.seed, epoch, number, 2])
+    size = int(rng.integers(options.imgsz // 2, int(options.imgsz * 1.5) + step)) // step * step
+    return max(size, step)
 
-    def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int) -> None:
-        self.count = count
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
+
+def rescaled(batch: Batch, size: int, step: int = 32) -> Batch:
+    """The batch with its images resized to long side `size`, both sides rounded up to multiples of `step` pixels."""
+    height, width = batch.images.shape[2:]
+    factor = size / max(height, width)
+    new = tuple(-(-int(round(side * factor)) // step) * step for side in (width, height))
+    if new == (width, height):
+        return batch
+    images = [cv2.resize(image.transpose(1, 2, 0), new, interpolation=cv2.INTER_LINEAR) for image in batch.images.numpy()]
+    return replace(batch, images=torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()))
+
+
+@dataclass(frozen=True)
+class BatchKeys:
+    """What makes a batch: its number in the epoch, (epoch, position) of its images here, and how many it has over all processes."""
+
+    number: int
+    keys: tuple[tuple[int, int], ...]
+    total: int
+
+
+class EpochBatchSampler(Sampler[BatchKeys]):
+    """Yields an epoch's batches; the last one may be short. Set `epoch`, and `drawn` if need be, before each iteration.
+
+    `drawn`: positions to use in the place of each one once. Of several processes each gets a slice of every batch, in order of rank. Where a
+    batch has fewer images than there are processes, all of them train on the whole of it, for each has to have some; in evaluation
+    those without a slice get no batch.
+    """
+
+    def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int, world: World = SOLO, training: bool = False) -> None:
+        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.world, self.training = world, training
         self.epoch = 0
+        self.drawn: np.ndarray | None = None
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[BatchKeys]:
         return self._batches(self.epoch)  # bound now: a generator of its own would read it at the first batch only
 
-    def _batches(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
-        positions = np.arange(self.count)
+    def _batches(self, epoch: int) -> Iterator[BatchKeys]:
+        positions = np.arange(self.count) if self.drawn is None else self.drawn
         if self.shuffle:
-            positions = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-        for start in range(0, self.count, self.batch_size):
-            yield [(epoch, int(position)) for position in positions[start : start + self.batch_size]]
+            positions = positions[np.random.default_rng([self.seed, epoch]).permutation(self.count)]
+        for number, start in enumerate(range(0, self.count, self.batch_size)):
+            whole = positions[start : start + self.batch_size]
+            part = self._slice(whole)
+            if len(part):
+                yield BatchKeys(number, tuple((epoch, int(position)) for position in part), len(whole))
+
+    def _slice(self, whole: np.ndarray) -> np.ndarray:
+        if self.training and len(whole) < self.world.size:
+            return whole
+        return np.array_split(whole, self.world.size)[self.world.rank]
 
 
 class _Batches(Dataset):
@@ -354,9 +399,12 @@ class _Batches(Dataset):
     def __init__(self, dataset: DetectionDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Batch | InputError:
+    def __getitem__(self, wanted: BatchKeys) -> Batch | InputError:
         try:
-            return collate([self.dataset[key] for key in keys])
+            batch = collate([self.dataset[key] for key in wanted.keys])
+            if self.dataset.options.multi_scale:
+                batch = rescaled(batch, drawn_size(self.dataset.options, wanted.keys[0][0], wanted.number))
+            return replace(batch, number=wanted.number, total=wanted.total)
         except InputError as error:
             return error
 
@@ -364,10 +412,11 @@ class _Batches(Dataset):
 class EpochLoader:
     """Batches of a dataset, epoch by epoch; worker processes are started once and kept. Built by `make_loader`."""
 
-    def __init__(self, dataset: DetectionDataset, workers: int, shuffle: bool, pin_memory: bool) -> None:
+    def __init__(self, dataset: DetectionDataset, workers: int, shuffle: bool, pin_memory: bool, world: World = SOLO) -> None:
         self.dataset = dataset
         options = dataset.options
-        self._sampler = EpochBatchSampler(len(dataset), options.batch_size, shuffle, options.seed)
+        training = options.augment is not None
+        self._sampler = EpochBatchSampler(len(dataset), options.batch_size, shuffle, options.seed, world, training)
         self._loader = DataLoader(
             _Batches(dataset),
             batch_size=None,  # the sampler's items are batches already
@@ -384,6 +433,10 @@ class EpochLoader:
     def __len__(self) -> int:
         """Number of batches in an epoch."""
         return len(self._sampler)
+
+    def draw(self, positions: np.ndarray | None) -> None:
+        """Use these positions (len(dataset),) from the next epoch on, some of them several times; None: each once."""
+        self._sampler.drawn = positions
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Iterate over the batches of an epoch, one epoch at a time. Raises InputError if an image has vanished."""
@@ -407,11 +460,13 @@ def _checked(batch: Batch | InputError) -> Batch:
     return replace(batch, targets=batch.targets.clone()) if batch.targets.is_shared() else batch
 
 
-def make_loader(dataset: DetectionDataset, workers: int = 0, shuffle: bool = False, pin_memory: bool = False) -> EpochLoader:
+def make_loader(
+    dataset: DetectionDataset, workers: int = 0, shuffle: bool = False, pin_memory: bool = False, world: World = SOLO
+) -> EpochLoader:
     """Build the loader of a dataset, with the batch size and seed of its options.
 
     At most as many workers as processors and batches; 0 loads in this process. Rectangular batches are never shuffled.
     """
     batches = -(-len(dataset) // dataset.options.batch_size)
     workers = min(workers, os.cpu_count() or 1, batches)
-    return EpochLoader(dataset, workers, shuffle and not dataset.options.rect, pin_memory)
+    return EpochLoader(dataset, workers, shuffle and not dataset.options.rect, pin_memory, world)

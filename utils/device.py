@@ -10,20 +10,25 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.world import SOLO, World
 
 
-def select_device(text: str) -> torch.device:
-    """`''`: CUDA where there is one, otherwise the CPU; `cpu`; `0`, `cuda:0`. Several devices are not supported yet."""
-    text = text.strip().lower().removeprefix("cuda:")
-    if text == "cpu":
+def select_device(text: str, world: World = SOLO) -> torch.device:
+    """`''`: CUDA where there is one, otherwise the CPU; `cpu`; `0`, `cuda:0`; `0,1`: one each for the processes that torchrun started."""
+    text = text.strip().lower().replace("cuda:", "")
+    count = torch.cuda.device_count()
+    if text == "cpu" or (text in ("", "cuda") and not count):
         return torch.device("cpu")
-    if text == "" or text == "cuda":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if not text.isdigit():
-        raise InputError(f"--device {text}: give cpu or the number of one CUDA device, such as 0")
-    if not torch.cuda.is_available() or int(text) >= torch.cuda.device_count():
-        raise InputError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return torch.device(f"cuda:{text}")
+    numbers = list(map(str, range(count))) if text in ("", "cuda") else text.split(",")
+    if any(not n.strip().isdigit() for n in numbers):
+        raise InputError(f"--device {text}: give cpu or the number of a CUDA device, such as 0")
+    if any(int(n) >= count for n in numbers):
+        raise InputError(f"--device {text}: this machine has {count} CUDA devices; use --device cpu")
+    if world.locals > len(numbers):
+        raise InputError(f"{world.locals} processes share {len(numbers)} CUDA devices; start as many as there are, or use --device cpu")
+    if world.size == 1 and len(numbers) > 1 and text not in ("", "cuda"):
+        raise InputError(f"--device {text}: several devices need a process each: torchrun --nproc_per_node {len(numbers)} train.py ...")
+    return torch.device(f"cuda:{int(numbers[world.local])}")
 
 
 def cpu_accelerates_bfloat16() -> bool:
@@ -62,6 +67,7 @@ def training_precision(device: torch.device, amp: bool = True) -> Precision:
     return Precision(device, torch.bfloat16 if cpu_accelerates_bfloat16() else None)
 
 
-def worker_count(wanted: int) -> int:
-    """Loader workers: no more than the CPUs that this process may use."""
-    return min(max(wanted, 0), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def worker_count(wanted: int, world: World = SOLO) -> int:
+    """Loader workers: no more than this process's part of the CPUs that it may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(wanted, 0), max(cpus // world.locals, 1))

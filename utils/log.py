@@ -23,3 +23,8 @@ if not LOGGER.handlers:
     LOGGER.addHandler(_Stdout())
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
+
+
+def quiet() -> None:
+    """Say nothing but errors from now on: for the processes of a distributed run that are not the first."""
+    LOGGER.setLevel(logging.ERROR)

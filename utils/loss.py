@@ -6,6 +6,7 @@ Coordinates are in cells of a level's grid unless said otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from utils.boxes import ciou
 from utils.decode import decode_boxes, split_anchors
+from utils.world import SOLO, World
 
 _BALANCE = {3: (4.0, 1.0, 0.4)}
 _BALANCE_OTHER = (4.0, 1.0, 0.25, 0.06, 0.02)
@@ -72,11 +74,16 @@ def assign(targets: Tensor, anchors: Tensor, rows: int, columns: int, anchor_t: 
 class DetectionLoss:
     """Box (CIoU), objectness and class loss of raw head maps against targets.
 
-    `anchors` (levels, na, 2) in pixels; `nc` classes; `imgsz` the training size in pixels, which scales the objectness gain.
+    `anchors` (levels, na, 2) in pixels; `nc` classes; `imgsz` the training size in pixels, which scales the objectness gain. With
+    several processes in `world`, every mean is one over the whole batch: averaged over the processes, loss, parts and gradients are
+    those of one process that has all of it.
     """
 
-    def __init__(self, anchors: Tensor, strides: Sequence[int], nc: int, imgsz: int, options: LossOptions = LossOptions()) -> None:
+    def __init__(
+        self, anchors: Tensor, strides: Sequence[int], nc: int, imgsz: int, options: LossOptions = LossOptions(), world: World = SOLO
+    ) -> None:
         levels = len(strides)
+        self.world = world
         self.anchors = [a / s for a, s in zip(anchors, strides)]
         self.nc, self.options = nc, options
         self.balance = _BALANCE.get(levels, _BALANCE_OTHER[:levels])
@@ -84,18 +91,29 @@ class DetectionLoss:
         self.cls_gain = options.cls * nc / 80 * 3 / levels
         self.obj_gain = options.obj * (imgsz / 640) ** 2 * 3 / levels
 
+    def alone(self) -> DetectionLoss:
+        """The same loss over the batches of this process alone: for evaluation, where the processes do not move in step."""
+        loss = copy(self)
+        loss.world = SOLO
+        return loss
+
     def __call__(self, maps: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss (scalar, times the batch size as in YOLOv5) and its detached parts (3,): box, objectness, class, with gains.
 
         `maps`: (B, na*(5+nc), ny, nx) raw logits per level; `targets`: (m, 6) as in `assign`.
         """
+        anchors = [a.to(raw.device) for a, raw in zip(self.anchors, maps)]
+        matches = [assign(targets, a, raw.shape[2], raw.shape[3], self.options.anchor_t) for a, raw in zip(anchors, maps)]
+        images = maps[0].shape[0]
+        counts = targets.new_tensor([len(m.image) for m in matches] + [images])
+        total = self.world.total(counts)
+        *shares, image_share = self.world.share(counts, total)
         parts = torch.zeros(3, device=targets.device)
-        for raw, anchors, balance in zip(maps, self.anchors, self.balance):
-            anchors = anchors.to(raw.device)
-            matches = assign(targets, anchors, raw.shape[2], raw.shape[3], self.options.anchor_t)
-            parts = parts + self._level(split_anchors(raw, len(anchors)), anchors, matches, balance)
+        for raw, a, m, balance, share in zip(maps, anchors, matches, self.balance, shares):
+            level = self._level(split_anchors(raw, len(a)), a, m, balance)
+            parts = parts + level * torch.stack((share, image_share, share))
         parts = parts * parts.new_tensor([self.box_gain, self.obj_gain, self.cls_gain])
-        return parts.sum() * maps[0].shape[0], parts.detach()
+        return parts.sum() * total[-1], parts.detach()
 
     def _level(self, p: Tensor, anchors: Tensor, m: Matches, balance: float) -> Tensor:
         wanted = torch.zeros(p.shape[:4], device=p.device)
