@@ -101,7 +101,9 @@ def work(args: argparse.Namespace) -> None:
         sums = [float(v.double().sum()) for v in loop.ema.network.state_dict().values()]
         same = world.gather(sums)
         if world.is_main:
-            Path(args.out).write_text(json.dumps({"steps": record.steps, "epochs": record.epochs, "aligned": all(s == same[0] for s in same)}))
+            Path(args.out).write_text(
+                json.dumps({"steps": record.steps, "epochs": record.epochs, "aligned": all(s == same[0] for s in same)})
+            )
 
 
 def run(args: argparse.Namespace, processes: int, frozen: bool) -> dict:

@@ -10,6 +10,7 @@ DistributedDataParallel, so weights, optimizer and EMA stay equal in all of them
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class Loop:
         if self.world.size == 1:
             return self.network
         devices = [self.precision.device] if self.precision.device.type == "cuda" else None
+        # 1x1 weights are the same in either layout; torch warns of a slower copy all the same.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return DistributedDataParallel(self.network, device_ids=devices)
 
     def run(self) -> None:

@@ -22,6 +22,7 @@ from utils.files import make_folder, run_folder
 from utils.flags import multiple
 from utils.labels import scan_labels
 from utils.log import LOGGER
+from utils.world import World, join
 
 # COCO's 80 classes keep the ids of its 91: these are the gaps.
 _COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -56,33 +57,44 @@ class ValOptions:
 
 
 def validate(options: ValOptions) -> Path:
-    """Evaluate, print the table, save `metrics.json` and pictures; return the run folder."""
+    """Evaluate, print the table, save `metrics.json` and pictures; return the run folder. Under torchrun each process takes a share."""
+    with join() as world:
+        return _validate(options, world)
+
+
+def _validate(options: ValOptions, world: World) -> Path:
     model = load_model(options.weights, options.cfg or None)
     config = read_data(options.data, (options.task,))
     _check_classes(model, config, options)
-    device = select_device(options.device)
+    device = select_device(options.device, world)
     if options.half and device.type != "cuda":
         LOGGER.info("--half matters on CUDA only; evaluating in float32")
     precision = Precision(device, torch.float16 if options.half and device.type == "cuda" else None)
     network = fuse(model.network()) if options.fuse else model.network()
     network = network.to(device, memory_format=torch.channels_last)
     imgsz = multiple(options.imgsz or model.imgsz, network.max_stride)
-    labels = scan_labels(getattr(config, options.task), config.nc)
+    with world.main_first():
+        labels = scan_labels(getattr(config, options.task), config.nc, quiet=not world.is_main)
     dataset = DetectionDataset(
         labels,
         DatasetOptions(imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=options.batch_size, single_cls=options.single_cls),
     )
-    folder = make_folder(run_folder(options.project, options.name, options.exist_ok))
+    folder = world.from_main(run_folder(options.project, options.name, options.exist_ok))
+    if world.is_main:
+        make_folder(folder)
     sink = _Files(folder, options, coco=len(config.names) == 80)
     limits = EvaluateOptions(options.conf_thres, options.iou_thres, options.max_det, options.single_cls)
     evaluation = evaluate(
         network,
-        make_loader(dataset, worker_count(options.workers)),
+        make_loader(dataset, worker_count(options.workers, world), world=world),
         precision,
         limits,
         on_image=sink,
         on_batch=BatchPlots(folder, config.names),
+        world=world,
     )
+    if not world.is_main:
+        return folder
     sink.close()
     LOGGER.info(evaluation.table(config.names, options.verbose or config.nc < 50))
     LOGGER.info(
