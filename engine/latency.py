@@ -7,13 +7,15 @@ import time
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+
+from models.network import Network
 
 
 @torch.no_grad()
-def latency_ms(networks: Mapping[str, nn.Module], imgsz: int, device: torch.device, repeats: int = 30, batch: int = 1) -> dict[str, float]:
-    """Median milliseconds of a forward pass of each network on one random (batch, 3, imgsz, imgsz) input, in turns, after a warm-up."""
-    images = torch.rand(batch, 3, imgsz, imgsz, device=device).contiguous(memory_format=torch.channels_last)
+def latency_ms(networks: Mapping[str, Network], imgsz: int, device: torch.device, repeats: int = 30, batch: int = 1) -> dict[str, float]:
+    """Median milliseconds of a forward pass of each network on one random (batch, channels, imgsz, imgsz) input, in turns, after a warm-up."""
+    channels = next(iter(networks.values())).channels
+    images = torch.rand(batch, channels, imgsz, imgsz, device=device).contiguous(memory_format=torch.channels_last)
     times: dict[str, list[float]] = {name: [] for name in networks}
     for round_ in range(repeats + 3):
         for name, network in networks.items():

@@ -22,6 +22,7 @@ from utils.files import make_folder, run_folder
 from utils.flags import multiple
 from utils.log import LOGGER
 from utils.nms import non_max_suppression
+from utils.planes import to_planes
 from utils.plots import draw_boxes
 from utils.sources import Frame, frames
 
@@ -67,7 +68,7 @@ class Predictor:
         """(H, W, 3) BGR uint8 -> (n, 6): corners in pixels of the image, confidence, class; best first."""
         o = self.options
         boxed, gain, pad = letterbox(image, (self.imgsz, self.imgsz), auto_stride=self.network.max_stride)
-        planes = torch.from_numpy(np.ascontiguousarray(boxed.transpose(2, 0, 1)[::-1]))[None]
+        planes = torch.from_numpy(to_planes(boxed, self.network.channels))[None]
         with self.precision.autocast():
             maps = self.network(self.precision.images(planes))
         predictions = decode(maps, self.anchors, self.network.strides)

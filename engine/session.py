@@ -168,9 +168,11 @@ def _network(blocks: Blocks, state: dict | None, options: TrainOptions, hyp: dic
     return network
 
 
-def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, stride: int) -> tuple[EpochLoader, EpochLoader]:
+def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, stride: int, channels: int) -> tuple[EpochLoader, EpochLoader]:
     augment = AugmentOptions.from_hyp(hyp)
-    common = DatasetOptions(data.imgsz, stride=stride, cache=options.cache, single_cls=options.single_cls, seed=options.seed)
+    common = DatasetOptions(
+        data.imgsz, stride=stride, cache=options.cache, single_cls=options.single_cls, seed=options.seed, channels=channels
+    )
     training = replace(common, augment=augment, rect=options.rect, batch_size=options.batch_size)
     validation = replace(common, rect=True, pad=0.5, batch_size=2 * options.batch_size)
     workers = worker_count(options.workers)
@@ -185,7 +187,7 @@ def _assemble(
     network: Network, data: _Data, hyp: dict, options: TrainOptions, precision: Precision, folder: Path
 ) -> tuple[Loop, Checkpoints]:
     """Build the loop and its seams."""
-    train_loader, val_loader = _loaders(data, hyp, options, network.max_stride)
+    train_loader, val_loader = _loaders(data, hyp, options, network.max_stride, network.channels)
     loss = DetectionLoss(
         network.anchors, network.strides, data.nc, data.imgsz, LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)})
     )
@@ -208,6 +210,10 @@ def _objective(loss: DetectionLoss, options: TrainOptions, precision: Precision,
         return DetectionObjective(loss)
     model = load_model(options.teacher, options.teacher_cfg or None)
     teacher = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
+    if teacher.channels != student.channels:
+        raise InputError(
+            f"--t_weight {options.teacher}: the teacher reads images of {teacher.channels} channels, the student of {student.channels}"
+        )
     if (teacher.classes, teacher.strides, teacher.anchors.shape) != (student.classes, student.strides, student.anchors.shape):
         raise InputError(
             f"--t_weight {options.teacher}: the teacher has {teacher.classes} classes at strides {teacher.strides}, "
@@ -280,8 +286,9 @@ def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precis
     model = load_model(best)
     network = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
     validation = DatasetOptions(
-        data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls
-    )
+        data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls,
+        channels=network.channels,
+    )  # fmt: skip
     loader = make_loader(DetectionDataset(data.val, validation))
     evaluation = evaluate(
         network,

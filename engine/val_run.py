@@ -70,7 +70,15 @@ def validate(options: ValOptions) -> Path:
     labels = scan_labels(getattr(config, options.task), config.nc)
     dataset = DetectionDataset(
         labels,
-        DatasetOptions(imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=options.batch_size, single_cls=options.single_cls),
+        DatasetOptions(
+            imgsz,
+            rect=True,
+            pad=0.5,
+            stride=network.max_stride,
+            batch_size=options.batch_size,
+            single_cls=options.single_cls,
+            channels=network.channels,
+        ),  # fmt: skip
     )
     folder = make_folder(run_folder(options.project, options.name, options.exist_ok))
     sink = _Files(folder, options, coco=len(config.names) == 80)
@@ -88,7 +96,7 @@ def validate(options: ValOptions) -> Path:
     LOGGER.info(
         "speed per image: "
         + ", ".join(f"{v:.1f} ms {k}" for k, v in evaluation.speed_ms.items())
-        + f", at shape ({options.batch_size}, 3, {imgsz}, {imgsz})"
+        + f", at shape ({options.batch_size}, {network.channels}, {imgsz}, {imgsz})"
     )
     write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, imgsz))
     plot_evaluation(evaluation, config.names, folder)

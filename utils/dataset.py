@@ -37,6 +37,7 @@ from utils.augment import (
 from utils.errors import InputError
 from utils.labels import LabelSet, load_image
 from utils.log import LOGGER
+from utils.planes import to_planes
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -51,7 +52,7 @@ class DatasetOptions:
     imgsz: long side of the network input, pixels.  augment: None for evaluation.  rect: batches of similar aspect,
     padded as little as `stride` allows plus `pad` strides, in a fixed order and without mosaic; otherwise squares.
     cache: None, "ram" (resized images) or "disk" (decoded images as `.npy` beside them).  single_cls: all classes
-    become 0.
+    become 0.  channels: of the network's input, 3 (RGB) or 1 (grey; augmented in colour, then converted).
     """
 
     imgsz: int = 640
@@ -63,6 +64,7 @@ class DatasetOptions:
     cache: str | None = None
     single_cls: bool = False
     seed: int = 0
+    channels: int = 3
 
     def __post_init__(self) -> None:
         if self.cache not in (None, "ram", "disk"):
@@ -77,7 +79,7 @@ class DatasetOptions:
 class Sample:
     """One network input.
 
-    image: uint8 (3, H, W) RGB.  labels: float32 (n, 6), [0, class, cx, cy, w, h] normalised to (W, H); collating fills
+    image: uint8 (3, H, W) RGB or (1, H, W) grey.  labels: float32 (n, 6), [0, class, cx, cy, w, h] normalised to (W, H); collating fills
     in column 0.  index: position in the LabelSet.  `shape` leads back to the original image only without augmentation.
     """
 
@@ -92,7 +94,7 @@ class Sample:
 class Batch:
     """Samples of one size.
 
-    images: uint8 (B, 3, H, W) RGB.  targets: float32 (M, 6), [image in batch, class, cx, cy, w, h] normalised to
+    images: uint8 (B, 3, H, W) RGB or (B, 1, H, W) grey.  targets: float32 (M, 6), [image in batch, class, cx, cy, w, h] normalised to
     (W, H).  indices, shapes, paths: one per image, as in `Sample`.
     """
 
@@ -151,7 +153,7 @@ class DetectionDataset(Dataset):
             image, centres, shape = self._augmented(index, self.input_shape(position), rng, self.options.augment)
         labels = np.zeros((len(centres), 6), np.float32)
         labels[:, 1:] = centres
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1)[::-1])  # HWC BGR -> CHW RGB
+        planes = to_planes(image, self.options.channels)
         return Sample(torch.from_numpy(planes), torch.from_numpy(labels), index, shape, self.labels.images[index])
 
     def _plain(self, index: int, input_shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, ShapeInfo]:

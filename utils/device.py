@@ -48,7 +48,7 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def images(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float 0..1 on the device, channels last."""
+        """uint8 (B, C, H, W) -> float 0..1 on the device, channels last."""
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return images.float().div_(255)
 
