@@ -20,7 +20,7 @@ from models.network import Network
 from models.yaml_reader import from_spec
 from tests.helpers import SMALL_YAML, small, write_dataset
 from utils.augment import AugmentOptions
-from utils.dataset import DatasetOptions, DetectionDataset, make_loader
+from utils.dataset import DatasetOptions, DetectionDataset
 from utils.errors import InputError
 from utils.labels import scan_labels
 from utils.planes import to_bgr, to_planes
