@@ -64,7 +64,7 @@ class Live:
         self._over = False
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray, float]]:
-        reader = threading.Thread(target=self._read, args=(self._capture,), daemon=True)
+        reader = threading.Thread(target=self._read, args=(self._capture,), name=f"live {self.name}", daemon=True)
         reader.start()
         count = 0
         try:
