@@ -13,7 +13,7 @@ import yaml
 from engine.evaluate import EvaluateOptions, evaluate
 from engine.loop import Loop, LoopOptions
 from engine.objectives import DetectionObjective, DistillationObjective, DistillOptions
-from engine.observers import BatchPictures, Checkpoints, CsvLog, EarlyStopping, GammaLog, Progress, TensorBoard
+from engine.observers import BatchPictures, Checkpoints, CsvLog, EarlyStopping, GammaLog, Progress, TensorBoard, board_pictures
 from engine.optim import build_optimizer
 from engine.options import TrainOptions
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
@@ -301,6 +301,7 @@ def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precis
     write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, data.imgsz))
     plot_evaluation(evaluation, data.names, folder)
     plots.plot_results(folder / "results.csv", folder / "results.png")
+    board_pictures(folder)
     LOGGER.info(
         f"weights: {checkpoints.last} and {checkpoints.best.name} beside it; the figures above are those of {best.name}\nresults saved to {folder}"
     )
