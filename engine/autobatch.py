@@ -66,7 +66,7 @@ def _training_memory(network: Network, batch: int, imgsz: int, precision: Precis
     torch.cuda.reset_peak_memory_stats(device)
     running = {k: v.clone() for k, v in network.named_buffers()}
     try:
-        images = precision.images(torch.zeros(batch, network.blocks[0].channels, imgsz, imgsz, dtype=torch.uint8))
+        images = precision.images(torch.zeros(batch, network.channels, imgsz, imgsz, dtype=torch.uint8))
         with precision.autocast():
             loss = sum(m.float().square().mean() for m in network.train()(images))
         loss.backward()

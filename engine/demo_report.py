@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.latency import latency_ms
-from engine.predict import PredictOptions, Predictor
+from engine.predictor import Limits, Predictor
 from engine.reporting import write_json
 from models.blocks import flops, parameters
 from models.checkpoint import Model, load_model
@@ -109,9 +109,8 @@ def _picture(folder: Path, models: dict[str, Model], results: dict[str, Any]) ->
     images = sorted(Path("data/generated/digits/images/val").glob("*.jpg"))[:5]
     grid = above.subplots(2, len(images))
     for row, (name, title) in enumerate((("base", "trained"), ("finetune", "pruned 8x, fine-tuned"))):
-        predictor = Predictor(
-            models[name].network(), models[name].imgsz, Precision(torch.device("cpu")), PredictOptions("", "", conf_thres=0.4)
-        )
+        size = models[name].imgsz
+        predictor = Predictor(models[name].network(), (size, size), Precision(torch.device("cpu")))
         r = results["rows"][name]
         for axes, path in zip(grid[row], images):
             axes.imshow(_annotated(predictor, path, models[name].names))
@@ -126,7 +125,7 @@ def _picture(folder: Path, models: dict[str, Model], results: dict[str, Any]) ->
 
 def _annotated(predictor: Predictor, path: Path, names: tuple[str, ...]) -> np.ndarray:
     image = cv2.imread(str(path))
-    found = predictor(image)
+    found = predictor([image], Limits(conf=0.4))[0].boxes
     large = cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
     found[:, :4] *= 3
     return draw_boxes(large, found, names, 2)[..., ::-1]

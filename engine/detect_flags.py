@@ -12,8 +12,8 @@ def add_detect_flags(p: Parser) -> None:
     """YOLOv5's detection flags."""
     p.add_argument("--weights", required=True, help="any checkpoint: ours, a pruned one, a YOLOv5 .pt")
     p.add_argument("--cfg", default="", help="structure (.yaml or .cfg) if not the checkpoint's own")
-    p.add_argument("--source", required=True, help="image, video, folder, glob, .txt list, webcam number or stream")
-    add_size(p, None)
+    p.add_argument("--source", required=True, help="image, video, folder, glob, .txt list of paths, camera number or stream address")
+    add_size(p, None, sides=2)
     p.add_argument("--conf-thres", "--conf", type=float, default=0.25, help="smallest confidence")
     p.add_argument("--iou-thres", type=float, default=0.45, help="IoU above which a box suppresses another")
     p.add_argument("--max-det", type=int, default=1000, help="most detections per image")
@@ -21,6 +21,7 @@ def add_detect_flags(p: Parser) -> None:
     p.add_argument("--view-img", action="store_true", help="show the results in a window")
     p.add_argument("--save-txt", action="store_true", help="save labels")
     p.add_argument("--save-conf", action="store_true", help="save confidences in the labels")
+    p.add_argument("--save-csv", action="store_true", help="save predictions.csv: image name, class name, confidence")
     p.add_argument("--save-crop", action="store_true", help="save what the boxes enclose")
     p.add_argument("--nosave", action="store_true", help="do not save images or videos")
     p.add_argument("--classes", nargs="+", type=int, help="keep these classes only")
@@ -29,12 +30,24 @@ def add_detect_flags(p: Parser) -> None:
     p.add_argument("--line-thickness", type=int, default=3, help="pixels")
     p.add_argument("--hide-labels", action="store_true")
     p.add_argument("--hide-conf", action="store_true")
+    p.add_argument("--vid-stride", type=int, default=1, help="detect in every so many frames of a video or stream")
     add_run(p, "runs/detect")
 
 
 def start(args: argparse.Namespace) -> None:
     """Detect as the flags say. (torch is imported only now: `--help` is instant.)"""
+    from engine.detect_files import Drawing, Kept
     from engine.predict import PredictOptions, predict
+    from engine.predictor import Limits
 
-    values: dict[str, Any] = vars(args)
-    predict(PredictOptions(**values | {"classes": tuple(args.classes) if args.classes else None}))
+    same = "weights source cfg imgsz device half view_img vid_stride project name exist_ok"
+    values: dict[str, Any] = {key: getattr(args, key) for key in same.split()}
+    classes = tuple(args.classes) if args.classes else None
+    predict(
+        PredictOptions(
+            **values,
+            limits=Limits(args.conf_thres, args.iou_thres, args.max_det, classes, args.agnostic_nms),
+            kept=Kept(not args.nosave, args.save_txt, args.save_conf, args.save_crop, args.save_csv),
+            drawing=Drawing(args.line_thickness, args.hide_labels, args.hide_conf),
+        )
+    )

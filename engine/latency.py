@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+
+from models.network import Network
+from utils.device import Precision
 
 
 @torch.no_grad()
-def latency_ms(networks: Mapping[str, nn.Module], imgsz: int, device: torch.device, repeats: int = 30, batch: int = 1) -> dict[str, float]:
-    """Median milliseconds of a forward pass of each network on one random (batch, 3, imgsz, imgsz) input, in turns, after a warm-up."""
-    images = torch.rand(batch, 3, imgsz, imgsz, device=device).contiguous(memory_format=torch.channels_last)
+def latency_ms(networks: Mapping[str, Network], imgsz: int, device: torch.device, repeats: int = 30, batch: int = 1) -> dict[str, float]:
+    """Median milliseconds of a forward pass of each network on one random (batch, channels, imgsz, imgsz) input, in turns, after a warm-up."""
+    clock = Precision(device).clock
+    channels = next(iter(networks.values())).channels
+    images = torch.rand(batch, channels, imgsz, imgsz, device=device).contiguous(memory_format=torch.channels_last)
     times: dict[str, list[float]] = {name: [] for name in networks}
     for round_ in range(repeats + 3):
         for name, network in networks.items():
-            start = _now(device)
+            start = clock()
             network(images)
             if round_ >= 3:
-                times[name].append(_now(device) - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) * 1e3 for name, values in times.items()}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

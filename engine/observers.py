@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from pruning.sparsity import SparsityTerm, advice, gammas, near_zero_share
 from utils import plots
 from utils.boxes import denormalise, xywh_to_xyxy
 from utils.files import write_text
+from utils.labels import load_image
 from utils.log import LOGGER
 
 CSV_WIDTH = 20
@@ -85,16 +87,34 @@ class CsvLog(Observer):
 
 
 class TensorBoard(Observer):
-    """Scalars under YOLOv5's names. `writer`, open from `train_start` on, is shared with the observers that log histograms."""
+    """Scalars under YOLOv5's names, and the graph at batch 0. `writer`, open from `train_start` on, is shared with the observers that
+    log histograms. `board_pictures` adds the pictures once they are drawn."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.writer: Any = None
+        self._graph_due = False
 
     def train_start(self, loop: Loop) -> None:
         from torch.utils.tensorboard import SummaryWriter  # heavy: TensorBoard pulls in a good deal
 
         self.writer = SummaryWriter(str(self.folder))
+        self._graph_due = loop.start_epoch == 0
+
+    def batch_end(self, loop: Loop, index: int, images: Tensor, targets: Tensor, items: Tensor) -> None:
+        if self._graph_due:
+            self._graph_due = False
+            self._add_graph(loop, images)
+
+    def _add_graph(self, loop: Loop, images: Tensor) -> None:
+        """Trace the EMA, which is in eval mode: neither running statistics nor random numbers of the training are touched."""
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                traced = torch.jit.trace(loop.ema.network, loop.precision.images(images[:1]), strict=False, check_trace=False)
+                self.writer.add_graph(traced, [])
+        except Exception as error:  # noqa: BLE001 - a picture of the network is no reason to lose a training
+            LOGGER.warning(f"TensorBoard: no graph of this model ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
 
     def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
         for name, value in {**record.losses, **record.metrics, **record.rates}.items():
@@ -104,6 +124,29 @@ class TensorBoard(Observer):
 
     def train_end(self, loop: Loop) -> None:
         self.writer.close()
+
+
+PICTURES = (
+    "results", "confusion_matrix", "F1_curve", "PR_curve", "P_curve", "R_curve", "labels", "labels_correlogram",
+    *(f"train_batch{i}" for i in range(3)), *(f"val_batch{i}_{what}" for i in range(3) for what in ("labels", "pred")),
+)  # fmt: skip
+
+
+def board_pictures(folder: Path) -> None:
+    """Show the finished run's pictures under TensorBoard's Images, by the stems of their files, at the step of the last epoch in
+    `results.csv`. The files go in as they are, not encoded again."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from torch.utils.tensorboard import SummaryWriter
+
+    epoch = int((folder / "results.csv").read_text(encoding="utf-8").splitlines()[-1].split(",")[0])
+    writer = SummaryWriter(str(folder))
+    for stem in PICTURES:
+        for path in (folder / f"{stem}.png", folder / f"{stem}.jpg"):
+            if path.exists():
+                height, width = load_image(path).shape[:2]
+                image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+                writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=stem, image=image)]), epoch)
+    writer.close()
 
 
 @dataclass

@@ -121,7 +121,15 @@ def _bench(options: PruneOptions, model: Model, device: torch.device) -> _Bench:
     labels = scan_labels(config.val, config.nc)
     dataset = DetectionDataset(
         labels,
-        DatasetOptions(imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=options.batch_size, single_cls=single),
+        DatasetOptions(
+            imgsz,
+            rect=True,
+            pad=0.5,
+            stride=network.max_stride,
+            batch_size=options.batch_size,
+            single_cls=single,
+            channels=network.channels,
+        ),
     )
     return _Bench(make_loader(dataset, worker_count(options.workers)), Precision(device), imgsz, single)
 

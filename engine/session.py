@@ -14,7 +14,7 @@ from engine.evaluate import EvaluateOptions, evaluate
 from engine.image_weights import ImageWeights
 from engine.loop import Loop, LoopOptions
 from engine.objectives import DetectionObjective, DistillationObjective, DistillOptions
-from engine.observers import BatchPictures, Checkpoints, CsvLog, EarlyStopping, GammaLog, Progress, TensorBoard
+from engine.observers import BatchPictures, Checkpoints, CsvLog, EarlyStopping, GammaLog, Progress, TensorBoard, board_pictures
 from engine.optim import build_optimizer
 from engine.options import TrainOptions
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
@@ -193,9 +193,16 @@ def _network(blocks: Blocks, state: dict | None, options: TrainOptions, hyp: dic
     return network
 
 
-def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, stride: int, world: World) -> tuple[EpochLoader, EpochLoader]:
+def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, network: Network, world: World) -> tuple[EpochLoader, EpochLoader]:
     augment = AugmentOptions.from_hyp(hyp)
-    common = DatasetOptions(data.imgsz, stride=stride, cache=options.cache, single_cls=options.single_cls, seed=options.seed)
+    common = DatasetOptions(
+        data.imgsz,
+        stride=network.max_stride,
+        cache=options.cache,
+        single_cls=options.single_cls,
+        seed=options.seed,
+        channels=network.channels,
+    )
     training = replace(common, augment=augment, rect=options.rect, batch_size=options.batch_size, multi_scale=options.multi_scale)
     validation = replace(common, rect=True, pad=0.5, batch_size=2 * options.batch_size)
     workers = worker_count(options.workers, world)
@@ -210,7 +217,7 @@ def _assemble(
     network: Network, data: _Data, hyp: dict, options: TrainOptions, precision: Precision, folder: Path, world: World
 ) -> tuple[Loop, Checkpoints]:
     """Build the loop and its seams."""
-    train_loader, val_loader = _loaders(data, hyp, options, network.max_stride, world)
+    train_loader, val_loader = _loaders(data, hyp, options, network, world)
     loss_options = LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)})
     loss = DetectionLoss(network.anchors, network.strides, data.nc, data.imgsz, loss_options, world)
     objective = _objective(loss, options, precision, network)
@@ -237,6 +244,10 @@ def _objective(loss: DetectionLoss, options: TrainOptions, precision: Precision,
         return DetectionObjective(loss)
     model = load_model(options.teacher, options.teacher_cfg or None)
     teacher = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
+    if teacher.channels != student.channels:
+        raise InputError(
+            f"--t_weight {options.teacher}: the teacher reads images of {teacher.channels} channels, the student of {student.channels}"
+        )
     if (teacher.classes, teacher.strides, teacher.anchors.shape) != (student.classes, student.strides, student.anchors.shape):
         raise InputError(
             f"--t_weight {options.teacher}: the teacher has {teacher.classes} classes at strides {teacher.strides}, "
@@ -315,8 +326,9 @@ def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precis
     model = load_model(best)
     network = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
     validation = DatasetOptions(
-        data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls
-    )
+        data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls,
+        channels=network.channels,
+    )  # fmt: skip
     loader = make_loader(DetectionDataset(data.val, validation))
     evaluation = evaluate(
         network,
@@ -329,6 +341,7 @@ def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precis
     write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, data.imgsz))
     plot_evaluation(evaluation, data.names, folder)
     plots.plot_results(folder / "results.csv", folder / "results.png")
+    board_pictures(folder)
     LOGGER.info(
         f"weights: {checkpoints.last} and {checkpoints.best.name} beside it; the figures above are those of {best.name}\nresults saved to {folder}"
     )

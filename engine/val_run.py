@@ -77,7 +77,15 @@ def _validate(options: ValOptions, world: World) -> Path:
         labels = scan_labels(getattr(config, options.task), config.nc, quiet=not world.is_main)
     dataset = DetectionDataset(
         labels,
-        DatasetOptions(imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=options.batch_size, single_cls=options.single_cls),
+        DatasetOptions(
+            imgsz,
+            rect=True,
+            pad=0.5,
+            stride=network.max_stride,
+            batch_size=options.batch_size,
+            single_cls=options.single_cls,
+            channels=network.channels,
+        ),  # fmt: skip
     )
     folder = world.from_main(run_folder(options.project, options.name, options.exist_ok))
     if world.is_main:
@@ -100,7 +108,7 @@ def _validate(options: ValOptions, world: World) -> Path:
     LOGGER.info(
         "speed per image: "
         + ", ".join(f"{v:.1f} ms {k}" for k, v in evaluation.speed_ms.items())
-        + f", at shape ({options.batch_size}, 3, {imgsz}, {imgsz})"
+        + f", at shape ({options.batch_size}, {network.channels}, {imgsz}, {imgsz})"
     )
     write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, imgsz))
     plot_evaluation(evaluation, config.names, folder)

@@ -133,6 +133,13 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def image_block(channels: object, where: str) -> Block:
+    """The input block for images of `channels` channels: 3 (colour) or 1 (grey); `where` names the file and the key in the error."""
+    if isinstance(channels, bool) or channels not in (1, 3):
+        raise InputError(f"{where}={channels}: the images that are read have 3 channels (colour) or 1 (grey)")
+    return Block("input", channels=int(channels))
+
+
 def check(blocks: Sequence[Block]) -> Blocks:
     """Return `blocks` as a tuple after checking every rule that makes it a detector; raise `InputError` naming the block.
 

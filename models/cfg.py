@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.blocks import ACTIVATIONS, Block, Blocks, check, make
+from models.blocks import ACTIVATIONS, Block, Blocks, check, image_block, make
 from utils.errors import InputError, did_you_mean
 
 _ALIASES = {"swish": "silu", "SiLU": "silu", "Hardswish": "hardswish"}
@@ -189,7 +189,7 @@ def read_cfg_text(text: str, source: str = "cfg", classes: int | None = None) ->
     if classes is not None:
         sections = _with_classes(sections, classes)
     norm = (net.number("bn_eps", Block("").bn_eps), net.number("bn_momentum", Block("").bn_momentum))
-    blocks = [Block("input", channels=net.integer("channels", 3))]
+    blocks = [image_block(net.integer("channels", 3), f"{source} [net]: channels")]
     place: list[int] = []  # block index of every section
     for section in sections:
         place.append(_append(section, blocks, place, norm))

@@ -42,7 +42,7 @@ class ConvUnit(nn.Module):
 class Network(nn.Module):
     """A detector built from `blocks`.
 
-    `forward((B, 3, H, W) float in 0..1) -> [(B, na*(5+nc), H/s, W/s) raw logits per level]` in Detect's order; H and W must be
+    `forward((B, channels, H, W) float in 0..1) -> [(B, na*(5+nc), H/s, W/s) raw logits per level]` in Detect's order; H and W must be
     multiples of the largest stride. An intermediate is freed at its last use.
     """
 
@@ -68,6 +68,11 @@ class Network(nn.Module):
         cells = [torch.tensor(b.anchors, dtype=torch.float32) / s for b, s in zip(levels, self.strides)]
         holder = _descend(self, levels[0].name)
         holder.register_buffer("anchors", torch.stack(cells))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images it reads: 3 (RGB) or 1 (grey)."""
+        return self.blocks[0].channels
 
     @property
     def classes(self) -> int:

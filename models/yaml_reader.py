@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from models.blocks import Blocks, check, reductions
+from models.blocks import Blocks, check, image_block, reductions
 from models.modules import MODULES, Graph
 from utils.errors import InputError, did_you_mean
 
@@ -44,7 +44,8 @@ def from_spec(spec: dict, source: str, nc: int | None = None) -> Blocks:
     na = len(anchors[0]) // 2
     graph = Graph(activation=_activation(spec.get("activation"), source))
     graph.csp_activation = graph.activation
-    outputs = [graph.add("input", (), channels=spec.get("ch") or 3)]  # outputs[i + 1] is what layer i gives
+    image = image_block(3 if spec.get("ch") is None else spec["ch"], f"{source}: ch")
+    outputs = [graph.add("input", (), channels=image.channels)]  # outputs[i + 1] is what layer i gives
     for i, row in enumerate(rows):
         where = f"{source}: layer {i}"
         sources, repeats, module, args = _row(row, i, where)

@@ -118,6 +118,27 @@ def test_tensorboard_gets_the_tags_that_users_compare(work: Path) -> None:
     assert [e.value for e in events.Scalars("sparsity/sr")] == pytest.approx([0.01, 0.01])
 
 
+def test_tensorboard_shows_yolov5s_scalars_the_graph_and_the_pictures(work: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = work / "base"
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) == {
+        "train/box_loss", "train/obj_loss", "train/cls_loss", "metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95",
+        "val/box_loss", "val/obj_loss", "val/cls_loss", "x/lr0", "x/lr1", "x/lr2",
+    }  # fmt: skip
+    assert [e.step for e in events.Scalars("x/lr0")] == [0, 1]
+    assert len([n for n in events.Graph().node if "_convolution" in n.op]) == sum(b.kind == "convolutional" for b in small())
+
+    expected = {"results", "confusion_matrix", "F1_curve", "PR_curve", "P_curve", "R_curve", "labels", "labels_correlogram", "train_batch0"}
+    assert expected <= set(tags["images"]) == {p.stem for p in run.iterdir() if p.suffix in (".png", ".jpg")}
+    (shown,) = events.Images("confusion_matrix")
+    assert shown.step == 1 and shown.encoded_image_string == (run / "confusion_matrix.png").read_bytes()
+    assert cv2.imread(str(run / "confusion_matrix.png")).shape[:2] == (shown.height, shown.width)
+
+
 def test_the_pair_and_the_report(work: Path, pruned: tuple[Path, Path]) -> None:
     cfg, weights = pruned
     report = json.loads((cfg.parent / "report.json").read_text())

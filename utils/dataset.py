@@ -37,6 +37,7 @@ from utils.augment import (
 from utils.errors import InputError
 from utils.labels import LabelSet, load_image
 from utils.log import LOGGER
+from utils.planes import to_planes
 from utils.world import SOLO, World
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -52,7 +53,8 @@ class DatasetOptions:
     imgsz: long side of the network input, pixels.  augment: None for evaluation.  rect: batches of similar aspect,
     padded as little as `stride` allows plus `pad` strides, in a fixed order and without mosaic; otherwise squares.
     cache: None, "ram" (resized images) or "disk" (decoded images as `.npy` beside them).  single_cls: all classes
-    become 0.  multi_scale: every batch at another size, 0.5 to 1.5 times imgsz.
+    become 0.  multi_scale: every batch at another size, 0.5 to 1.5 times imgsz.  channels: of the network's input, 3 (RGB)
+    or 1 (grey; augmented in colour, then converted).
     """
 
     imgsz: int = 640
@@ -65,6 +67,7 @@ class DatasetOptions:
     single_cls: bool = False
     seed: int = 0
     multi_scale: bool = False
+    channels: int = 3
 
     def __post_init__(self) -> None:
         if self.cache not in (None, "ram", "disk"):
@@ -79,7 +82,7 @@ class DatasetOptions:
 class Sample:
     """One network input.
 
-    image: uint8 (3, H, W) RGB.  labels: float32 (n, 6), [0, class, cx, cy, w, h] normalised to (W, H); collating fills
+    image: uint8 (3, H, W) RGB or (1, H, W) grey.  labels: float32 (n, 6), [0, class, cx, cy, w, h] normalised to (W, H); collating fills
     in column 0.  index: position in the LabelSet.  `shape` leads back to the original image only without augmentation.
     """
 
@@ -94,9 +97,9 @@ class Sample:
 class Batch:
     """Samples of one size.
 
-    images: uint8 (B, 3, H, W) RGB.  targets: float32 (M, 6), [image in batch, class, cx, cy, w, h] normalised to
-    (W, H).  indices, shapes, paths: one per image, as in `Sample`.  number: the batch's place in its epoch.  total: images
-    of the whole batch, of which several processes have a slice each.
+    images: uint8 (B, 3, H, W) RGB or (B, 1, H, W) grey.  targets: float32 (M, 6), [image in batch, class, cx, cy, w, h]
+    normalised to (W, H).  indices, shapes, paths: one per image, as in `Sample`.  number: the batch's place in its epoch.
+    total: images of the whole batch, of which several processes have a slice each.
     """
 
     images: torch.Tensor
@@ -156,7 +159,7 @@ class DetectionDataset(Dataset):
             image, centres, shape = self._augmented(index, self.input_shape(position), rng, self.options.augment)
         labels = np.zeros((len(centres), 6), np.float32)
         labels[:, 1:] = centres
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1)[::-1])  # HWC BGR -> CHW RGB
+        planes = to_planes(image, self.options.channels)
         return Sample(torch.from_numpy(planes), torch.from_numpy(labels), index, shape, self.labels.images[index])
 
     def _plain(self, index: int, input_shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, ShapeInfo]:
@@ -341,8 +344,9 @@ def rescaled(batch: Batch, size: int, step: int = 32) -> Batch:
     new = tuple(-(-int(round(side * factor)) // step) * step for side in (width, height))
     if new == (width, height):
         return batch
-    images = [cv2.resize(image.transpose(1, 2, 0), new, interpolation=cv2.INTER_LINEAR) for image in batch.images.numpy()]
-    return replace(batch, images=torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()))
+    images = np.stack([cv2.resize(image.transpose(1, 2, 0), new, interpolation=cv2.INTER_LINEAR) for image in batch.images.numpy()])
+    images = images.reshape(len(images), new[1], new[0], -1)  # of one channel OpenCV gives no axis
+    return replace(batch, images=torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
 
 
 @dataclass(frozen=True)
@@ -400,10 +404,11 @@ class _Batches(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, wanted: BatchKeys) -> Batch | InputError:
+        options = self.dataset.options
         try:
             batch = collate([self.dataset[key] for key in wanted.keys])
-            if self.dataset.options.multi_scale:
-                batch = rescaled(batch, drawn_size(self.dataset.options, wanted.keys[0][0], wanted.number))
+            if options.multi_scale:
+                batch = rescaled(batch, drawn_size(options, wanted.keys[0][0], wanted.number), max(options.stride, 32))
             return replace(batch, number=wanted.number, total=wanted.total)
         except InputError as error:
             return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -52,8 +53,14 @@ class Precision:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
+    def clock(self) -> float:
+        """Seconds, once the device has finished what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
     def images(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float 0..1 on the device, channels last."""
+        """uint8 (B, C, H, W) -> float 0..1 on the device, channels last."""
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return images.float().div_(255)
 

@@ -61,6 +61,19 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+class OwnNames:
+    """Gives each path the stem of its file name, and a second path of the same stem (another folder or ending) a number after it."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, str] = {}
+
+    def stem(self, path: Path) -> str:
+        stem, n = path.stem, 2
+        while self._owners.setdefault(stem, str(path)) != str(path):
+            stem, n = f"{path.stem}_{n}", n + 1
+        return stem
+
+
 def megabytes(path: Path) -> float:
     """Size of a file in MB (10^6 bytes)."""
     return path.stat().st_size / 1e6

@@ -39,16 +39,38 @@ def parser(description: str) -> Parser:
 
 
 _SIZE = "long side of the network input, pixels"
+_SIDES = "network input, pixels: the long side, or height and width"
 
 
-def add_size(p: Parser, default: int | None = 640) -> None:
+class _Size(argparse.Action):
+    """Stores one side as a number, or with `sides` 2 one or two as a tuple; more of them are an error that says so."""
+
+    def __init__(self, *args: Any, sides: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, nargs="+", **kwargs)
+        self.sides = sides
+
+    def __call__(self, p: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if len(values) > self.sides:
+            expected = "one size, the long side" if self.sides == 1 else "one size, or height and width"
+            p.error(f"{option} {' '.join(map(str, values))}: give {expected}")
+        if min(values) < 1:
+            p.error(f"{option} {min(values)}: a size is at least 1 pixel")
+        setattr(namespace, self.dest, values[0] if self.sides == 1 else tuple(values))
+
+
+def add_size(p: Parser, default: int | None = 640, sides: int = 1) -> None:
+    """`--imgsz`: an int, or with `sides` 2 a tuple of one or two."""
+    text = _SIZE if sides == 1 else _SIDES
     p.add_argument(
         "--imgsz",
         "--img",
         "--img-size",
         type=int,
+        action=_Size,
+        sides=sides,
+        metavar="N" if sides == 1 else ("N", "N"),
         default=default,
-        help=_SIZE if default else f"{_SIZE}; the size it was trained at if left out",
+        help=text if default else f"{text}; the size it was trained at if left out",
     )
 
 

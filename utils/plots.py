@@ -17,6 +17,7 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.metrics import APResult, smooth
+from utils.planes import to_bgr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +91,7 @@ def plot_images(
     max_images: int = 16,
     max_side: int = 1920,
 ) -> None:
-    """Save a mosaic of `images` (B, 3, H, W) RGB uint8 with their boxes, at most `max_side` pixels long.
+    """Save a mosaic of `images` (B, 3, H, W) RGB or (B, 1, H, W) grey uint8 with their boxes, at most `max_side` pixels long.
 
     `boxes` holds per image an (n, 5) array of class, x1, y1, x2, y2 in pixels, or (n, 6) with a confidence, of which
     those above 0.25 are drawn. `paths` are the images' files, whose names are written on them.
@@ -105,7 +106,7 @@ def plot_images(
     mosaic = np.full((rows * height, columns * width, 3), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * height, i % columns * width
-        tile = cv2.resize(image.transpose(1, 2, 0)[..., ::-1], (width, height), interpolation=cv2.INTER_AREA)
+        tile = cv2.resize(to_bgr(image), (width, height), interpolation=cv2.INTER_AREA)
         tile = _draw_tile(tile, np.asarray(boxes[i], float), gain, names, Path(paths[i]).name if paths else "")
         mosaic[top : top + height, left : left + width] = tile
     _write(path, mosaic)
