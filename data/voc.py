@@ -92,8 +92,8 @@ def _sets(folder: Path, annotations: Path) -> dict[str, list[str]]:
     """Return the image stems of each split."""
     lists = folder / "ImageSets" / "Main"
     found = [name for name in SETS if (lists / f"{name}.txt").is_file()]
-    if not found and (lists / "trainval.txt").is_file():
-        found = ["trainval"]
+    if not {"train", "val"} & set(found) and (lists / "trainval.txt").is_file():
+        found.append("trainval")
     if found:
         return {name: [line.split()[0] for line in _lines(lists / f"{name}.txt")] for name in found}
     stems = sorted(path.stem for path in annotations.glob("*.xml"))

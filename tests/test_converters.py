@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -122,6 +125,13 @@ def test_voc(devkit: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert [
         len(scan_labels(part, 20)) for part in (read_data(out / "dataset.yaml").train, read_data(out / "dataset.yaml", ["test"]).test)
     ] == [3, 1]
+
+
+def test_voc_with_trainval_alone(devkit: Path, tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (devkit / "VOC2007" / "ImageSets" / "Main" / f"{name}.txt").unlink()
+    main(["voc", str(devkit / "VOC2007"), "--out", str(tmp_path / "VOC")])
+    assert sorted(path.name for path in (tmp_path / "VOC" / "labels").iterdir()) == ["test2007", "trainval2007"]
 
 
 def test_voc_again_changes_nothing(devkit: Path, tmp_path: Path) -> None:
@@ -432,6 +442,14 @@ def test_a_mat_without_corners(tmp_path: Path, content: dict) -> None:
     savemat(tmp_path / "x.mat", content)
     with pytest.raises(ValueError, match=r"\.mat (without|whose) `boxes`"):
         read_corners(tmp_path / "x.mat")
+
+
+def test_the_command_ends_on_a_wrong_input_with_one_line_and_without_torch() -> None:
+    code = "import sys; from data.convert import main; from utils.errors import run_script; run_script(lambda: main(['voc', 'nowhere']))"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and "no such folder" in lines[0]
+    assert not re.search(r"\| +(torch|scipy)\b", done.stderr)
 
 
 @pytest.mark.parametrize(
