@@ -23,7 +23,7 @@ from engine.seams import Evaluator, Objective, Observer, Seams
 from models.blocks import Blocks, flops, parameters, strides
 from models.cfg import read_cfg_text, write_cfg
 from models.checkpoint import Model, load_model, read_structure, transfer, with_anchors_of
-from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms
+from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms, with_placeholder_anchors
 from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised
 from utils import plots
 from utils.anchors import autoanchor, label_sizes
@@ -168,15 +168,32 @@ def _read_data(options: TrainOptions, stride: int, world: World) -> _Data:
 
 
 def _for_data(blocks: Blocks, data: _Data, hyp: dict[str, float], options: TrainOptions) -> Blocks:
-    """Set the number of classes to the data's, and fit the anchors unless `--noautoanchor`."""
+    """Set the number of classes to the data's and that of anchors to the hyp file's, and fit the anchors unless `--noautoanchor`."""
     if any(b.classes != data.nc for b in blocks if b.kind == "yolo"):
         blocks = read_cfg_text(write_cfg(blocks), "model", data.nc)
-    if options.noautoanchor:
-        return blocks
-    heads = sorted((b for b in blocks if b.kind == "yolo"), key=lambda b: b.level)
-    wh = label_sizes(list(data.train.labels), data.train.sizes, data.imgsz, options.seed)
-    found = autoanchor(np.array([b.anchors for b in heads]), wh, hyp["anchor_t"], options.seed)
-    return replace_anchors(blocks, [[(float(w), float(h)) for w, h in level.astype(np.float32)] for level in found])
+    if hyp["anchors"]:
+        blocks = _with_anchor_count(blocks, round(hyp["anchors"]), options)
+    if not options.noautoanchor:
+        heads = sorted((b for b in blocks if b.kind == "yolo"), key=lambda b: b.level)
+        wh = label_sizes(list(data.train.labels), data.train.sizes, data.imgsz, options.seed)
+        found = autoanchor(np.array([b.anchors for b in heads]), wh, hyp["anchor_t"], options.seed)
+        blocks = replace_anchors(blocks, [[(float(w), float(h)) for w, h in level.astype(np.float32)] for level in found])
+    if any(side <= 0 for b in blocks for anchor in b.anchors for side in anchor):
+        reason = "--noautoanchor" if options.noautoanchor else f"--data {options.data}: too few labels to fit anchors to"
+        raise InputError(f"{reason}, but the model has only placeholders; write the anchors' sizes into the model's yaml")
+    return blocks
+
+
+def _with_anchor_count(blocks: Blocks, count: int, options: TrainOptions) -> Blocks:
+    """Have autoanchor fit `count` anchors per level afresh; with `--noautoanchor` the model's own must be as many, and stay."""
+    if not options.noautoanchor:
+        return with_placeholder_anchors(blocks, count)
+    own = next(len(b.anchors) for b in blocks if b.kind == "yolo")
+    if own != count:
+        raise InputError(
+            f"--noautoanchor: {options.hyp} asks for {count} anchors per level, but the model has {own}; leave --noautoanchor out"
+        )
+    return blocks
 
 
 def _network(blocks: Blocks, state: dict | None, options: TrainOptions, hyp: dict[str, float]) -> Network:

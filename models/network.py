@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Block, Blocks, consumers, flops, heads, parameters, strides
+from models.blocks import Block, Blocks, check, consumers, flops, heads, parameters, strides
 
 _ACTIVATIONS: dict[str, Callable[[bool], nn.Module]] = {
     "linear": lambda inplace: nn.Identity(),
@@ -199,6 +199,17 @@ def synchronise_norms(network: Network) -> None:
 def replace_anchors(blocks: Blocks, anchors: list[list[tuple[float, float]]]) -> Blocks:
     """Return `blocks` with the anchors of every level replaced; `anchors`: per level [(w, h), ...] in pixels."""
     return tuple(replace(b, anchors=tuple((float(w), float(h)) for w, h in anchors[b.level])) if b.kind == "yolo" else b for b in blocks)
+
+
+def with_placeholder_anchors(blocks: Blocks, count: int) -> Blocks:
+    """Return `blocks` with `count` placeholder anchors per level (YOLOv5's 0, 1, 2, ...), for autoanchor to replace, and heads as wide."""
+    changed = list(blocks)
+    placeholders = tuple((float(2 * k), float(2 * k + 1)) for k in range(count))
+    for i in heads(blocks):
+        width, (head,) = count * (blocks[i].classes + 5), blocks[i].inputs
+        changed[head] = replace(blocks[head], channels=width)
+        changed[i] = replace(blocks[i], channels=width, anchors=placeholders)
+    return check(changed)
 
 
 def fuse(network: Network) -> Network:

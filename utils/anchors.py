@@ -72,7 +72,8 @@ def autoanchor(anchors: np.ndarray, wh: np.ndarray, anchor_t: float, seed: int =
         LOGGER.info("autoanchor: too few labels of 2 px or more to fit anchors to; they stay")
         return anchors
     flat = anchors.reshape(-1, 2)
-    now = fit(flat, wh, anchor_t)
+    # A side of zero is a placeholder (`anchors: 3` in a yaml): whatever the others fit, such anchors are to be replaced.
+    now = fit(flat, wh, anchor_t) if (flat > 0).all() else AnchorFit(0.0, 0.0)
     LOGGER.info(f"autoanchor: {now.per_label:.2f} anchors/target, {now.recall:.3f} best possible recall (BPR)")
     if now.recall > 0.98:
         return anchors

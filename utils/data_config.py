@@ -1,7 +1,8 @@
 """Reads what `--data` names: a YOLOv5 dataset yaml or a Darknet `.data` file.
 
-Owns the two formats, where their paths are looked for, and the data sets that the project can generate. It reads no
-image and no label (see `utils.labels`), runs nothing that a file says, and fetches nothing.
+Owns the two formats, where their paths are looked for, what is said when images are missing, and the data sets that the
+project can generate. It reads no image and no label (see `utils.labels`), runs nothing that a file says, and fetches
+nothing: `source`, `convert` and YOLOv5's `download` are shown to the user.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import yaml
 from utils.errors import InputError, did_you_mean
 from utils.log import LOGGER
 
+_HINTS = {"source": "get it from", "convert": "then convert it", "download": "its `download:` says (shown, not run)"}
+_MOST_LINES = 40  # of a hint that are shown
 REPOSITORY = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
 
@@ -38,13 +41,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class _Description:
-    """What either format says, before any path is looked for. `root` is empty where the file names none."""
+    """What either format says, before any path is looked for. `root` is empty where the file names none.
+
+    `hints`: the file's texts under `source`, `convert` and `download`, those it has.
+    """
 
     source: Path
     root: str
     entries: Mapping[str, tuple[str, ...]]
     names: tuple[str, ...]
-    download: str
+    hints: Mapping[str, str]
 
     def bases(self) -> tuple[Path, ...]:
         """The folders that a relative path may start from, in the order they are tried."""
@@ -67,7 +73,8 @@ def read_data(path: str | Path, splits: Sequence[str] = ("train", "val")) -> Dat
     and only for them a shipped generator named by `download:` runs, if their images are missing; pass `()` to read just
     the names.
 
-    Raises InputError for a file that is missing or malformed, names that disagree with `nc`, or missing images.
+    Raises InputError for a file that is missing or malformed, names that disagree with `nc`, or missing images; the
+    last, of several lines, says where the file wants them from and how it wants them converted.
     """
     source = _find_file(Path(path))
     description = _read_darknet(source) if source.suffix == ".data" else _read_yaml(source)
@@ -77,16 +84,20 @@ def read_data(path: str | Path, splits: Sequence[str] = ("train", "val")) -> Dat
 
     root, located = _locate(description)
     if missing := _missing(description, located, splits):
-        _generate(description, root, missing[0][0])
+        generator = description.hints.get("download", "")
+        if generator not in GENERATORS:
+            raise InputError(_how_to_get(description, missing[0][0]))
+        LOGGER.info(f"generating the data set {generator!r} in {root}")
+        GENERATORS[generator](root)
         if missing := _missing(description, located, splits):
-            raise InputError(f"{source}: {missing[0][1]} is still missing after {description.download!r} was generated")
+            raise InputError(f"{source}: {missing[0][1]} is still missing after {generator!r} was generated")
     return DataConfig(source=source, names=description.names, **located)
 
 
 def _find_file(path: Path) -> Path:
     """Return the absolute path of the file that `path` means; InputError naming its neighbours if there is none."""
     candidates = [_absolute(base / path) for base in (Path.cwd(), REPOSITORY, REPOSITORY / "data")]
-    source = next((candidate for candidate in candidates if candidate.is_file()), None)
+    source = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
     if source is None:
         folder = next((c.parent for c in candidates if c.parent.is_dir()), REPOSITORY / "data")
         known = sorted(f.name for f in (*folder.iterdir(), *(REPOSITORY / "data").iterdir()) if f.is_file())
@@ -103,7 +114,7 @@ def _read_yaml(source: Path) -> _Description:
     try:
         # BaseLoader builds only strings, lists and mappings: a class called `no` or `01` keeps its name.
         content = yaml.load(_read_text(source), Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{source}: not a valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"{source}: expected keys such as `path`, `train`, `val` and `names`")
@@ -112,7 +123,7 @@ def _read_yaml(source: Path) -> _Description:
         root=_text(source, content, "path"),
         entries={split: _path_list(source, content, split) for split in SPLITS},
         names=_yaml_names(source, content),
-        download=_text(source, content, "download"),
+        hints={key: text for key in _HINTS if (text := _text(source, content, key))},
     )
 
 
@@ -156,8 +167,8 @@ def _ordered(source: Path, names: Mapping[str, object]) -> list[object]:
 
 def _read_darknet(source: Path) -> _Description:
     content = _key_values(source)
-    entries = {split: (content[split],) if content.get(split) else () for split in SPLITS}
-    bare = _Description(source, "", entries, (), "")
+    bare = _Description(source, "", {}, (), {})
+    entries = {split: _darknet_paths(bare, content.get(split, "")) for split in SPLITS}
     names = None
     if content.get("names"):
         file = _first_existing(bare, content["names"])
@@ -165,7 +176,14 @@ def _read_darknet(source: Path) -> _Description:
             raise InputError(f"{source}: the names file is missing: {_looked_for(bare, content['names'])}")
         names = [line.strip() for line in _read_text(file).splitlines() if line.strip()]
     checked = _checked_names(source, names, content.get("classes", ""), "classes", did_you_mean("names", content))
-    return _Description(source, "", entries, checked, "")
+    return _Description(source, "", entries, checked, {key: content[key] for key in _HINTS if content.get(key)})
+
+
+def _darknet_paths(bare: _Description, value: str) -> tuple[str, ...]:
+    """A path, or several with commas between them; a comma may also belong to the name of a file that exists."""
+    if os.path.exists(_first_existing(bare, value)):
+        return (value,) if value else ()
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def _key_values(source: Path) -> dict[str, str]:
@@ -186,7 +204,10 @@ def _key_values(source: Path) -> dict[str, str]:
 
 
 def _read_text(source: Path) -> str:
-    return source.read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        return source.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
 
 
 def _checked_names(source: Path, names: list[str] | None, nc: str, key: str, hint: str) -> tuple[str, ...]:
@@ -220,15 +241,15 @@ def _locate(description: _Description) -> tuple[Path, dict[str, tuple[Path, ...]
         return description.source.parent, located
     roots = [_absolute(base / description.root) for base in description.bases()]
     entries = [entry for split in description.entries.values() for entry in split]
-    root = max(roots, key=lambda folder: (sum((folder / entry).exists() for entry in entries), folder.exists()))
-    if not root.exists():
+    root = max(roots, key=lambda folder: (sum(os.path.exists(folder / entry) for entry in entries), os.path.exists(folder)))
+    if not os.path.exists(root):
         root = _absolute(REPOSITORY / description.root)
     return root, {k: tuple(_absolute(root / entry) for entry in v) for k, v in description.entries.items()}
 
 
 def _first_existing(description: _Description, entry: str) -> Path:
     candidates = [_absolute(base / entry) for base in description.bases()]
-    return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+    return next((candidate for candidate in candidates if os.path.exists(candidate)), candidates[0])
 
 
 def _looked_for(description: _Description, entry: str) -> str:
@@ -240,21 +261,29 @@ def _looked_for(description: _Description, entry: str) -> str:
 def _missing(description: _Description, located: Mapping[str, tuple[Path, ...]], splits: Sequence[str]) -> list[tuple[str, Path]]:
     """Return entry and path of what `splits` name that does not exist or is an empty folder."""
     pairs = [pair for split in splits for pair in zip(description.entries[split], located[split])]
-    return [(entry, path) for entry, path in pairs if not (path.is_file() or _has_content(path))]
+    return [(entry, path) for entry, path in pairs if not (os.path.isfile(path) or _has_content(path))]
 
 
 def _has_content(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+    return os.path.isdir(folder) and any(folder.iterdir())
 
 
-def _generate(description: _Description, root: Path, missing: str) -> None:
-    """Run the shipped generator that `download:` names; InputError for any other value, or none."""
-    if description.download not in GENERATORS:
-        hint = did_you_mean(description.download, GENERATORS) if description.download.isidentifier() else ""
-        raise InputError(
-            f"{description.source}: images are missing: looked for {_looked_for(description, missing)}; put them there "
-            f"or correct the path. Nothing is downloaded: `download:` only runs this project's own generators "
-            f"({', '.join(GENERATORS)}){hint}"
-        )
-    LOGGER.info(f"generating the data set {description.download!r} in {root}")
-    GENERATORS[description.download](root)
+def _how_to_get(description: _Description, missing: str) -> str:
+    """Say which images are missing and, in the file's own words, where they come from and what makes labels of them."""
+    download = description.hints.get("download", "")
+    near = did_you_mean(download, GENERATORS) if download.isidentifier() else ""
+    lines = [f"{description.source}: images are missing: looked for {_looked_for(description, missing)}{near}"]
+    for key, text in description.hints.items():
+        lines += [f"  {_HINTS[key]}:{_shown(text)}"]
+    if not description.hints:
+        lines += ["  put them there, or correct the path"]
+    return "\n".join([*lines, "  Nothing is downloaded, and nothing that the file says is run."])
+
+
+def _shown(text: str) -> str:
+    """A hint after a blank, or indented below if it has several lines. What is not printable (escape codes) is left out."""
+    lines = ["".join(c for c in line.expandtabs(4) if c.isprintable()) for line in text.splitlines()]
+    if len(lines) == 1:
+        return f" {lines[0]}"
+    more = [f"... and {len(lines) - _MOST_LINES} more lines"] if len(lines) > _MOST_LINES else []
+    return "".join(f"\n    {line}" for line in lines[:_MOST_LINES] + more)
