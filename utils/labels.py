@@ -81,23 +81,33 @@ def load_image(path: str | Path) -> np.ndarray:
     """
     try:
         image, _ = _decode(path, cv2.IMREAD_COLOR)
-    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        raise InputError(f"image {path}: {_reason(error)}; was it moved or deleted?") from None
+    except (OSError, ValueError) as error:
+        hint = "; was it moved or deleted?" if isinstance(error, FileNotFoundError) else ""
+        raise InputError(f"image {_shown(path)}: {_reason(error)}{hint}") from None
     if image is None:
-        raise InputError(f"image {path}: cannot be read as an image; remove or replace it")
+        raise InputError(f"image {_shown(path)}: cannot be read as an image; remove or replace it")
     # OpenCV hands some single-channel formats (PFM) over as they are, whatever the flag.
     return image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
 
 
 def _decode(path: str | Path, flags: int) -> tuple[np.ndarray | None, bool]:
     """Decode a file; return the image (None if it is none) and whether its JPEG end marker had to be supplied."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError("is not a file")  # reading a pipe or a device might never end
+    _check_path(path)
     content = np.fromfile(path, dtype=np.uint8)  # unlike cv2.imread, takes any path on any system
     image = _decode_bytes(content, flags)
     if image is None and content[:2].tobytes() == _JPEG_START:
         return _decode_bytes(np.append(content, np.frombuffer(_JPEG_END, np.uint8)), flags), True
     return image, False
+
+
+def _check_path(path: str | Path) -> None:
+    """Raise OSError or ValueError for a path that must not be opened, or not be passed on."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # bytes that are no text, which Python keeps as surrogates; as a string they crash OpenCV
+        raise ValueError("the path is not text in UTF-8; rename it") from None
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("is not a file")  # reading a pipe or a device might never end
 
 
 def _decode_bytes(content: np.ndarray, flags: int) -> np.ndarray | None:
@@ -185,7 +195,7 @@ def parse_labels(text: str) -> tuple[np.ndarray, str]:
     if not lines:
         return np.zeros((0, 5), np.float32), ""
     polygons = any(len(line) > 6 for line in lines)
-    rows = _polygon_rows(lines) if polygons else _box_rows(lines)
+    rows = (_polygon_rows(lines) if polygons else _box_rows(lines)) + np.float32(0)  # makes -0 a 0: its inverse is not below 0
     _check_rows(rows)
 
     notes = []
@@ -311,7 +321,7 @@ def scan_labels(sources: Path | Sequence[Path], nc: int | None = None, *, quiet:
     image at all, and for many images with classes beyond `nc`, when the names are more likely wrong than the labels.
     """
     sources = [Path(sources)] if isinstance(sources, (str, Path)) else [Path(source) for source in sources]
-    where = ", ".join(map(str, sources))
+    where = ", ".join(map(_shown, sources))
     images = list_images(sources)
     if not images:
         kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
