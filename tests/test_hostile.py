@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -12,11 +10,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from tests.helpers import ROOT, SMALL_YAML
 from tests.hostile_files import BOX, NC, Case, coded, label_of, picture, write_hostile
