@@ -230,6 +230,8 @@ def _labels() -> Iterator[Case]:
         "nan": (f"{BOX}\n0 nan 0.5 0.1 0.1", "row 2: a value is not a finite number"),
         "inf": ("0 0.5 0.5 inf 0.1", "row 1: a value is not a finite number"),
         "overflow": ("0 0.5 0.5 1e39 0.1", "row 1: a value is not a finite number"),
+        "inf polygon": ("0 inf inf inf inf inf inf", "row 1: a value is not a finite number"),
+        "huge polygon": ("0 3e38 0.1 3e38 0.3 3e38 0.4", "row 1: a value is not a finite number"),
         "nan class": ("nan 0.5 0.5 0.1 0.1", "row 1: a value is not a finite number"),
         "negative": ("0 0.5 -0.1 0.1 0.1", "row 1: negative value -0.1"),
         "negative class": ("-1 0.5 0.5 0.1 0.1", "row 1: negative value -1"),

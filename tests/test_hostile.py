@@ -20,7 +20,8 @@ from utils.anchors import autoanchor, best_anchors, label_sizes
 from utils.augment import AugmentOptions, letterbox
 from utils.dataset import DatasetOptions, DetectionDataset, make_loader
 from utils.errors import InputError
-from utils.labels import LabelSet, label_path, list_images, load_image, parse_labels, scan_labels
+from utils.label_rows import parse_labels
+from utils.labels import LabelSet, label_path, list_images, load_image, scan_labels
 
 PNG = coded(picture())
 

@@ -1,8 +1,8 @@
 """Finds images and their label files, reads and checks them, and remembers the result in a cache without pickle.
 
-Owns which files are images, where an image's labels lie, what a valid label is, and `load_image`. What is done to the
-pixels and boxes afterwards belongs to `utils.augment` and `utils.dataset`. Nothing here ever writes to an image or a
-label.
+Owns which files are images, where an image's labels lie, which of both are left out, and `load_image`. What a valid row
+is belongs to `utils.label_rows`; what is done to the pixels and boxes afterwards, to `utils.augment` and `utils.dataset`.
+Nothing here ever writes to an image or a label.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import InputError, did_you_mean
+from utils.label_rows import parse_labels
 from utils.log import LOGGER
 
 IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in "bmp dng jpeg jpg mpo pfm png tif tiff webp".split())
@@ -182,68 +183,6 @@ def label_path(image: Path) -> Path:
     head, images, tail = str(image).rpartition(f"{os.sep}images{os.sep}")
     moved = os.path.join(head, "labels", tail) if images else tail
     return Path(moved).with_suffix(".txt")
-
-
-def parse_labels(text: str) -> tuple[np.ndarray, str]:
-    """Parse a label file to float32 (n, 5) [class, cx, cy, w, h] and a note on what was mended (empty if nothing was).
-
-    If any row has more than 6 columns, every row is a polygon `class x y x y ...` and becomes its bounding box; else
-    every row is a box. Duplicate rows are removed, which sorts the rest. Raises ValueError with the reason if any row
-    is bad.
-    """
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    if not lines:
-        return np.zeros((0, 5), np.float32), ""
-    polygons = any(len(line) > 6 for line in lines)
-    rows = (_polygon_rows(lines) if polygons else _box_rows(lines)) + np.float32(0)  # makes -0 a 0: its inverse is not below 0
-    _check_rows(rows)
-
-    notes = []
-    if polygons and (boxes := sum(len(line) == 5 for line in lines)):
-        notes.append(f"{boxes} rows of 5 columns among polygons were read as two points each; write them as polygons")
-    unique = np.unique(rows, axis=0)
-    if len(unique) < len(rows):
-        notes.append(f"{len(rows) - len(unique)} duplicate labels removed")
-        rows = unique
-    return rows, "; ".join(notes)
-
-
-def _box_rows(lines: Sequence[Sequence[str]]) -> np.ndarray:
-    for number, line in enumerate(lines, start=1):
-        if len(line) != 5:
-            raise ValueError(f"row {number} has {len(line)} columns; a box has 5: class cx cy w h")
-    return _numbers(lines)
-
-
-def _polygon_rows(lines: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return the bounding boxes of polygons, not clipped to the image."""
-    rows = np.empty((len(lines), 5), np.float32)
-    for number, line in enumerate(lines, start=1):
-        if len(line) < 3 or len(line) % 2 == 0:
-            raise ValueError(f"row {number} has {len(line)} columns; a polygon has an odd number: class x y x y ...")
-        values = _numbers(line)
-        points = values[1:].reshape(-1, 2)
-        low, high = points.min(axis=0), points.max(axis=0)
-        rows[number - 1] = (values[0], *((low + high) / 2), *(high - low))
-    return rows
-
-
-def _numbers(words: Sequence[str] | Sequence[Sequence[str]]) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, which `_check_rows` refuses
-        return np.array(words, dtype=np.float32)
-
-
-def _check_rows(rows: np.ndarray) -> None:
-    """Raise ValueError unless all values are finite and not negative, coordinates at most 1, and classes whole."""
-    _refuse(rows, ~np.isfinite(rows), "a value is not a finite number")
-    _refuse(rows, rows < 0, "negative value {:.9g}")
-    _refuse(rows, rows > (np.inf, 1, 1, 1, 1), "coordinate {:.9g} is above 1; coordinates are shares of the image's sides")
-    _refuse(rows[:, :1], rows[:, :1] % 1 != 0, "a class is not a whole number")
-
-
-def _refuse(rows: np.ndarray, where: np.ndarray, reason: str) -> None:
-    if where.any():
-        raise ValueError(f"row {np.argwhere(where)[0, 0] + 1}: {reason.format(rows[where][0])}")
 
 
 def _inspect(image: Path) -> _Inspected:
