@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from utils.dataset import DatasetOptions, DetectionDataset, make_loader
 from utils.errors import InputError
 from utils.label_rows import parse_labels
 from utils.labels import LabelSet, label_path, list_images, load_image, scan_labels
+from utils.log import LOGGER
 
 PNG = coded(picture())
 
@@ -334,6 +336,15 @@ def test_lists_of_odd_lines(tmp_path) -> None:
     (tmp_path / "wide.txt").write_text("./images/x/b.png\n", encoding="utf-16")
     with pytest.raises(InputError, match="no images in .*wide.txt"):
         scan_labels(tmp_path / "wide.txt")
+
+
+def test_names_are_logged_on_any_terminal(monkeypatch, capfd) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    LOGGER.info("Größe 猫 \udce9")
+    terminal.flush()
+    assert terminal.buffer.getvalue().decode("cp1252").strip() == "Größe \\u732b \\udce9"
+    assert capfd.readouterr().err == ""
 
 
 # JPEGs ----------------------------------------------------------------------------------------------------------------
