@@ -33,7 +33,8 @@ def fit(anchors: np.ndarray, wh: np.ndarray, anchor_t: float) -> AnchorFit:
 
 def _match(anchors: np.ndarray, wh: np.ndarray) -> np.ndarray:
     ratio = wh[:, None] / anchors[None]
-    return np.minimum(ratio, 1 / ratio).min(2)
+    with np.errstate(divide="ignore", over="ignore"):  # a box without width or height fits no anchor
+        return np.minimum(ratio, 1 / ratio).min(2)
 
 
 def best_anchors(wh: np.ndarray, count: int, anchor_t: float, generations: int = 1000, seed: int = 0) -> np.ndarray:
@@ -48,6 +49,7 @@ def best_anchors(wh: np.ndarray, count: int, anchor_t: float, generations: int =
         anchors = KMeans(count, n_init=1, max_iter=30, random_state=seed).fit(wh / spread).cluster_centers_ * spread
     else:  # too few different sizes to cluster
         anchors = rng.uniform(0.5, 1.5, size=(count, 2)) * wh.mean(0)
+    anchors = anchors.clip(1e-3)  # the centre of boxes without width or height; nothing else is that small
     best = _fitness(anchors, wh, anchor_t)
     for _ in range(generations):
         factors = np.ones_like(anchors)

@@ -126,7 +126,7 @@ def letterbox(
     gain = min(shape[0] / height, shape[1] / width)
     if not scale_up:
         gain = min(gain, 1.0)
-    new_width, new_height = round(width * gain), round(height * gain)
+    new_width, new_height = max(round(width * gain), 1), max(round(height * gain), 1)
     pad_x, pad_y = shape[1] - new_width, shape[0] - new_height
     if auto_stride:
         pad_x, pad_y = pad_x % auto_stride, pad_y % auto_stride

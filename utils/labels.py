@@ -1,8 +1,8 @@
 """Finds images and their label files, reads and checks them, and remembers the result in a cache without pickle.
 
-Owns which files are images, where an image's labels lie, what a valid label is, and `load_image`. What is done to the
-pixels and boxes afterwards belongs to `utils.augment` and `utils.dataset`. Nothing here ever writes to an image or a
-label.
+Owns which files are images, where an image's labels lie, which of both are left out, and `load_image`. What a valid row
+is belongs to `utils.label_rows`; what is done to the pixels and boxes afterwards, to `utils.augment` and `utils.dataset`.
+Nothing here ever writes to an image or a label.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -22,12 +22,15 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import InputError, did_you_mean
+from utils.label_rows import parse_labels
 from utils.log import LOGGER
 
 IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in "bmp dng jpeg jpg mpo pfm png tif tiff webp".split())
 MIN_SIDE = 10  # pixels
-_CACHE_VERSION = 1
+MAX_PIXELS = 178_956_970  # Pillow's guard against decompression bombs, at which YOLOv5 ignores an image
+_CACHE_VERSION = 2
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PROBE = bytes(range(1, 255))  # stands in for the missing rest of a JPEG
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,21 +82,33 @@ def load_image(path: str | Path) -> np.ndarray:
     """
     try:
         image, _ = _decode(path, cv2.IMREAD_COLOR)
-    except OSError as error:
-        raise InputError(f"image {path}: {error.strerror or error}; was it moved or deleted?") from None
+    except (OSError, ValueError) as error:
+        hint = "; was it moved or deleted?" if isinstance(error, FileNotFoundError) else ""
+        raise InputError(f"image {_shown(path)}: {_reason(error)}{hint}") from None
     if image is None:
-        raise InputError(f"image {path}: cannot be read as an image; remove or replace it")
+        raise InputError(f"image {_shown(path)}: cannot be read as an image; remove or replace it")
     # OpenCV hands some single-channel formats (PFM) over as they are, whatever the flag.
     return image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
 
 
 def _decode(path: str | Path, flags: int) -> tuple[np.ndarray | None, bool]:
     """Decode a file; return the image (None if it is none) and whether its JPEG end marker had to be supplied."""
+    _check_path(path)
     content = np.fromfile(path, dtype=np.uint8)  # unlike cv2.imread, takes any path on any system
     image = _decode_bytes(content, flags)
     if image is None and content[:2].tobytes() == _JPEG_START:
         return _decode_bytes(np.append(content, np.frombuffer(_JPEG_END, np.uint8)), flags), True
     return image, False
+
+
+def _check_path(path: str | Path) -> None:
+    """Raise OSError or ValueError for a path that must not be opened, or not be passed on."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # bytes that are no text, which Python keeps as surrogates; as a string they crash OpenCV
+        raise ValueError("the path is not text in UTF-8; rename it") from None
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("is not a file")  # reading a pipe or a device might never end
 
 
 def _decode_bytes(content: np.ndarray, flags: int) -> np.ndarray | None:
@@ -105,6 +120,9 @@ def _decode_bytes(content: np.ndarray, flags: int) -> np.ndarray | None:
 
 def list_images(sources: Sequence[Path]) -> list[Path]:
     """Return the images of folders (recursive) and `.txt` lists, sorted by path; hidden files are passed over.
+
+    A folder that links lead to twice is read once, under its own name if it has one there. A link to a folder that it
+    lies in is passed over: what is up there is not part of the source.
 
     A list's line beginning with `./` is relative to the list; any other relative line to the working folder if the file
     is there, else to the list. Raises InputError for a source that does not exist.
@@ -125,17 +143,29 @@ def _images_of(source: Path) -> Iterator[Path]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, through links to folders but never twice through the same one."""
-    seen = set()
-    for parent, folders, files in os.walk(os.path.abspath(folder), followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real not in seen:
-            yield from (Path(parent, name) for name in files if not name.startswith("."))
-        seen.add(real)
+    seen, roots = set(), [os.path.abspath(folder)]
+    for root in roots:  # links are followed after all real folders, which so keep their own names
+        for parent, folders, files in os.walk(root, onerror=_warn_of_folder):
+            real = os.path.realpath(parent)
+            folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+            if real not in seen:
+                yield from (Path(parent, name) for name in files if not name.startswith("."))
+            seen.add(real)
+            links = (os.path.join(parent, name) for name in folders if os.path.islink(os.path.join(parent, name)))
+            roots += [link for link in links if not _leads_up(link)]
+
+
+def _leads_up(link: str) -> bool:
+    target = Path(os.path.realpath(link))
+    return target in (Path(os.path.realpath(os.path.dirname(link))) / "x").parents
+
+
+def _warn_of_folder(error: OSError) -> None:
+    LOGGER.warning(f"{_shown(error.filename)}: folder ignored: {_reason(error)}")
 
 
 def _list_lines(source: Path) -> Iterator[Path]:
-    for line in source.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+    for line in source.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines():
         line = line.strip()
         if line:
             beside_list = line.startswith("./") or not os.path.exists(line)
@@ -155,61 +185,6 @@ def label_path(image: Path) -> Path:
     return Path(moved).with_suffix(".txt")
 
 
-def parse_labels(text: str) -> tuple[np.ndarray, str]:
-    """Parse a label file to float32 (n, 5) [class, cx, cy, w, h] and a note on what was mended (empty if nothing was).
-
-    If any row has more than 6 columns, every row is a polygon `class x y x y ...` and becomes its bounding box; else
-    every row is a box. Duplicate rows are removed, which sorts the rest. Raises ValueError with the reason if any row
-    is bad.
-    """
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    if not lines:
-        return np.zeros((0, 5), np.float32), ""
-    polygons = any(len(line) > 6 for line in lines)
-    rows = _polygon_rows(lines) if polygons else _box_rows(lines)
-    _check_rows(rows)
-
-    notes = []
-    if polygons and (boxes := sum(len(line) == 5 for line in lines)):
-        notes.append(f"{boxes} rows of 5 columns among polygons were read as two points each; write them as polygons")
-    unique = np.unique(rows, axis=0)
-    if len(unique) < len(rows):
-        notes.append(f"{len(rows) - len(unique)} duplicate labels removed")
-        rows = unique
-    return rows, "; ".join(notes)
-
-
-def _box_rows(lines: Sequence[Sequence[str]]) -> np.ndarray:
-    for number, line in enumerate(lines, start=1):
-        if len(line) != 5:
-            raise ValueError(f"row {number} has {len(line)} columns; a box has 5: class cx cy w h")
-    return np.array(lines, dtype=np.float32)
-
-
-def _polygon_rows(lines: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return the bounding boxes of polygons, not clipped to the image."""
-    rows = np.empty((len(lines), 5), np.float32)
-    for number, line in enumerate(lines, start=1):
-        if len(line) < 3 or len(line) % 2 == 0:
-            raise ValueError(f"row {number} has {len(line)} columns; a polygon has an odd number: class x y x y ...")
-        points = np.array(line[1:], dtype=np.float32).reshape(-1, 2)
-        low, high = points.min(axis=0), points.max(axis=0)
-        rows[number - 1] = (float(line[0]), *((low + high) / 2), *(high - low))
-    return rows
-
-
-def _check_rows(rows: np.ndarray) -> None:
-    """Raise ValueError unless all values are finite and not negative, coordinates at most 1, and classes whole."""
-    if not np.isfinite(rows).all():
-        raise ValueError("a value is not a finite number")
-    if (rows < 0).any():
-        raise ValueError(f"negative value {rows[rows < 0][0]:g}")
-    if (rows[:, 1:] > 1).any():
-        raise ValueError(f"coordinate {rows[:, 1:].max():g} is above 1; coordinates are shares of the image's sides")
-    if (rows[:, 0] % 1 != 0).any():
-        raise ValueError("a class is not a whole number")
-
-
 def _inspect(image: Path) -> _Inspected:
     """Check an image and its labels. Never raises for a bad file: the outcome says so."""
     label = label_path(image)
@@ -217,25 +192,60 @@ def _inspect(image: Path) -> _Inspected:
     try:
         size, mended = _image_size(image)
         culprit = label
-        has_file = label.is_file()
-        rows, note = parse_labels(label.read_text(encoding="utf-8-sig") if has_file else "")
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        reason = error.strerror if isinstance(error, OSError) else error
-        return _Inspected((0, 0), None, False, (f"{culprit}: image ignored: {reason}",))
+        text = _label_text(label)
+        rows, note = parse_labels(text or "")
+    except (OSError, ValueError, MemoryError) as error:
+        return _Inspected((0, 0), None, False, (f"{_shown(culprit)}: image ignored: {_reason(error)}",))
     notes = [(image, "JPEG without its end marker, read as far as it goes")] if mended else []
     notes += [(label, note)] if note else []
-    return _Inspected(size, rows, has_file, tuple(f"{path}: {text}" for path, text in notes))
+    return _Inspected(size, rows, text is not None, tuple(f"{_shown(path)}: {what}" for path, what in notes))
+
+
+def _label_text(label: Path) -> str | None:
+    """Return the content of a label file, or None without one. Raises OSError, or ValueError if it is no text."""
+    if label.is_file():
+        try:
+            return label.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError("is not text in UTF-8") from None
+    if os.path.lexists(label):
+        raise ValueError("is not a file")  # not to be taken for a background
+    return None
 
 
 def _image_size(path: Path) -> tuple[tuple[int, int], bool]:
     """Decode an image to learn that it can be, and return ((width, height), whether its JPEG end marker is missing)."""
     image, mended = _decode(path, cv2.IMREAD_GRAYSCALE)
     if image is None:
-        raise ValueError("cannot be read as an image")
+        raise ValueError("cannot be read as an image" + (": it is empty" if path.stat().st_size == 0 else ""))
     height, width = image.shape[:2]
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width}x{height} pixels; each side must have at least {MIN_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels; at most {MAX_PIXELS} are read")
+    if mended and _lacks_pixels(path, image):
+        raise ValueError("the JPEG is cut short: some of its pixels are missing")
     return (width, height), mended
+
+
+def _lacks_pixels(path: Path, image: np.ndarray) -> bool:
+    """Tell whether a JPEG without its end marker, decoded in gray as `image`, lacks more than the marker.
+
+    A decoder fills up what is missing without a word. But bytes put in the place of the missing ones change the
+    picture, whereas after its last pixel they are passed over.
+    """
+    content = path.read_bytes() + _PROBE + _JPEG_END
+    probed = _decode_bytes(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
+    return probed is None or not np.array_equal(probed, image)
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or " ".join(_shown(error).split()) or type(error).__name__
+
+
+def _shown(value: object) -> str:
+    """Return a path or text fit for one line of output: line ends, NULs and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 # Scan and cache -------------------------------------------------------------------------------------------------------
@@ -245,11 +255,12 @@ def scan_labels(sources: Path | Sequence[Path], nc: int | None = None, *, quiet:
     """Find and check all images and labels of a split, or take them from the cache if no file has changed since.
 
     `sources` are folders or `.txt` lists. Bad images and labels are counted, named in the log and left out. `quiet`
-    silences progress and log, for the other processes of a distributed run. Raises InputError for a missing source, for
-    no usable image at all, and for a class that is not below `nc` (None: not checked).
+    silences progress and log, for the other processes of a distributed run. A class must be below `nc` (None: not
+    checked): few images with others are left out like bad ones. Raises InputError for a missing source, for no usable
+    image at all, and for many images with classes beyond `nc`, when the names are more likely wrong than the labels.
     """
     sources = [Path(sources)] if isinstance(sources, (str, Path)) else [Path(source) for source in sources]
-    where = ", ".join(map(str, sources))
+    where = ", ".join(map(_shown, sources))
     images = list_images(sources)
     if not images:
         kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
@@ -261,12 +272,12 @@ def scan_labels(sources: Path | Sequence[Path], nc: int | None = None, *, quiet:
     if fresh:
         labels = _scan(images, where, quiet)
         _write_cache(cache, fingerprint, images, labels)
+    if nc is not None:
+        labels = _below_nc(labels, nc)
     if not quiet:
         _report(labels, where, "" if fresh else f" (from {cache.name})")
     if not len(labels):
         raise InputError(f"no usable image in {where}: all {labels.corrupt} are corrupt, e.g. {labels.messages[0]}")
-    if nc is not None:
-        _check_classes(labels, nc)
     return labels
 
 
@@ -299,13 +310,29 @@ def _report(labels: LabelSet, where: str, origin: str) -> None:
         LOGGER.warning(f"{where}: no labels; {labels.images[0]} should have its in {label_path(labels.images[0])}")
 
 
-def _check_classes(labels: LabelSet, nc: int) -> None:
-    for image, rows in zip(labels.images, labels.labels):
-        if len(rows) and rows[:, 0].max() >= nc:
-            raise InputError(
-                f"{label_path(image)}: class {rows[:, 0].max():.0f}, but the data set has nc = {nc}, so classes 0 to "
-                f"{nc - 1}; correct the label, or the names"
-            )
+def _below_nc(labels: LabelSet, nc: int) -> LabelSet:
+    """Leave out the images with a class that is not below `nc`; InputError if they are too many to be mere slips.
+
+    Slips are up to a tenth of the labelled images, or up to 10 of them if they are not the majority.
+    """
+    highest = np.array([rows[:, 0].max() if len(rows) else -1 for rows in labels.labels])
+    beyond, labelled = np.flatnonzero(highest >= nc), int((highest >= 0).sum())
+    reasons = [f"{_shown(label_path(labels.images[i]))}: {{}}class {highest[i]:.0f}, but the data set has nc = {nc}" for i in beyond]
+    if len(beyond) > max(labelled / 10, min(10, labelled / 2)):
+        raise InputError(
+            f"{reasons[0].format('')}, so classes 0 to {nc - 1}; {len(beyond)} of {labelled} labelled images have such "
+            f"classes, up to {highest.max():.0f}: correct the labels, or the names"
+        )
+    kept = np.flatnonzero(highest < nc)
+    return replace(
+        labels,
+        images=tuple(labels.images[i] for i in kept),
+        labels=tuple(labels.labels[i] for i in kept),
+        sizes=labels.sizes[kept],
+        found=labels.found - len(beyond),
+        corrupt=labels.corrupt + len(beyond),
+        messages=labels.messages + tuple(reason.format("image ignored: ") for reason in reasons),
+    )
 
 
 def _cache_path(sources: Sequence[Path], images: Sequence[Path]) -> Path:
@@ -324,7 +351,7 @@ def _fingerprint(images: Sequence[Path]) -> str:
             try:
                 status = os.stat(path)
                 digest.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a path that no file can have
                 digest.update(f"{path}\n-\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -18,6 +18,11 @@ class _Stdout(logging.StreamHandler):
     def stream(self):  # noqa: D102 - the base class reads it
         return sys.stdout
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Escape what the output cannot encode, such as a file's name on a terminal of another code page."""
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
+
 
 if not LOGGER.handlers:
     LOGGER.addHandler(_Stdout())
