@@ -46,6 +46,10 @@ class LoopOptions:
     evaluate_every_epoch: bool = True
 
 
+class Diverged(InputError):
+    """The loss is no number any more. Resuming would only repeat it: the remedy is another hyper-parameter."""
+
+
 class Loop:
     """Trains `network` in place and keeps its EMA. `run()` trains from `start_epoch` to `options.epochs`."""
 
@@ -59,6 +63,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales)
         self.start_epoch = 0
         self.best_fitness = -math.inf
+        self.stopped = False
         self._last_step = -1
         self._means = torch.zeros(len(objective.names))
 
@@ -67,7 +72,7 @@ class Loop:
         for observer in self.seams.observers:
             observer.train_start(self)
         for epoch in range(self.start_epoch, self.options.epochs):
-            if self._epoch(epoch):
+            if self.stopped or self._epoch(epoch):
                 break
         for observer in reversed(self.seams.observers):  # what was opened first is closed last
             observer.train_end(self)
@@ -82,7 +87,9 @@ class Loop:
         is_best = fitness >= self.best_fitness
         self.best_fitness = max(fitness, self.best_fitness)
         record = EpochRecord(epoch, losses, metrics, rates, fitness, is_best)
-        return any([observer.epoch_end(self, record) for observer in self.seams.observers])
+        for observer in self.seams.observers:  # the checkpoint comes last and holds what those before it asked for
+            self.stopped = observer.epoch_end(self, record) or self.stopped
+        return self.stopped
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.network.train()
@@ -103,7 +110,7 @@ class Loop:
         with self.precision.autocast():
             loss, items = self.objective(self.network, images, targets)
         if not bool(torch.isfinite(items).all()):
-            raise InputError(
+            raise Diverged(
                 f"the loss became {items.tolist()} in epoch {epoch + 1}, batch {index + 1}; training stopped, the last checkpoint is kept. "
                 "Lower lr0 in the hyp file (a tenth is a good start) or the sparsity strength"
             )
@@ -135,6 +142,7 @@ class Loop:
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.ema.updates,
             "best_fitness": self.best_fitness,
+            "stopped": self.stopped,
             "seams": {name: seam.state_dict() for name, seam in self.seams.stateful().items()},
         }
 
@@ -145,6 +153,7 @@ class Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.ema.updates, self.best_fitness, self.start_epoch = state["ema_updates"], state["best_fitness"], epoch + 1
+        self.stopped = state["stopped"]
         seams = self.seams.stateful()
         if seams.keys() != state["seams"].keys():
             raise InputError(
