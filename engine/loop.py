@@ -148,18 +148,18 @@ class Loop:
 
     def load_state_dict(self, state: dict[str, Any], ema: dict[str, Tensor], epoch: int) -> None:
         """Continue after `epoch` (0-based, finished) from `state_dict()`'s content and the EMA's tensors."""
-        self.network.load_state_dict(state["network"])
-        self.ema.network.load_state_dict(ema)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.ema.updates, self.best_fitness, self.start_epoch = state["ema_updates"], state["best_fitness"], epoch + 1
-        self.stopped = state["stopped"]
         seams = self.seams.stateful()
         if seams.keys() != state["seams"].keys():
             raise InputError(
                 f"--resume: the run was made with {sorted(state['seams'])}, this one has {sorted(seams)}; "
                 "use the script and flags it was started with"
             )
+        self.network.load_state_dict(state["network"])
+        self.ema.network.load_state_dict(ema)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.ema.updates, self.best_fitness, self.start_epoch = state["ema_updates"], state["best_fitness"], epoch + 1
+        self.stopped = state["stopped"]
         for name, seam in seams.items():
             seam.load_state_dict(state["seams"][name])
         LOGGER.info(f"resuming after epoch {epoch + 1}")

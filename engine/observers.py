@@ -152,7 +152,7 @@ class Checkpoints(Observer):
     """`weights/last.pt` every epoch, `best.pt` when the fitness equals its maximum, `epochN.pt` every `period`; stripped at the end.
 
     An epoch counts as finished once its last.pt is in place. The others are copies of it with its time, so they are never newer; a
-    resumed run makes those that a kill prevented. `extra` are the model's hyp and options.
+    resumed run makes those that a kill prevented. `hyp` and `options` go into every file.
     """
 
     folder: Path

@@ -73,7 +73,7 @@ def resume(path: str | Path, device: str = "", workers: int | None = None) -> Pa
         raise InputError(f"--resume: {last} is finished (its training state is stripped); start a new run with --weights {last}")
     options = TrainOptions.from_saved(model.options)
     options = replace(options, device=device or options.device, workers=options.workers if workers is None else workers)
-    if model.training["stopped"] or model.epoch + 1 >= options.epochs:
+    if model.training.get("stopped") or model.epoch + 1 >= options.epochs:
         LOGGER.info("every epoch is trained; the run was cut off at its end, which is completed now")
     return _train(options, last.parent.parent, model)
 
