@@ -398,7 +398,8 @@ def _as_is(batch: Batch | InputError) -> Batch | InputError:
 
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends its workers
+    for interruption in (signal.SIGINT, signal.SIGTERM):  # they reach every process of a group; the main one ends its workers
+        signal.signal(interruption, signal.SIG_IGN)
 
 
 def _checked(batch: Batch | InputError) -> Batch:
