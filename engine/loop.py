@@ -54,6 +54,10 @@ class LoopOptions:
     evaluate_every_epoch: bool = True
 
 
+class Diverged(InputError):
+    """The loss is no number any more. Resuming would only repeat it: the remedy is another hyper-parameter."""
+
+
 class Loop:
     """Trains `network` in place and keeps its EMA. `run()` trains from `start_epoch` to `options.epochs`."""
 
@@ -69,6 +73,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales)
         self.start_epoch = 0
         self.best_fitness = -math.inf
+        self.stopped = False
         self._last_step = -1
         self._means = torch.zeros(len(objective.names))
 
@@ -86,7 +91,7 @@ class Loop:
         for observer in self.seams.observers:
             observer.train_start(self)
         for epoch in range(self.start_epoch, self.options.epochs):
-            if self._epoch(epoch):
+            if self.stopped or self._epoch(epoch):
                 break
         for observer in reversed(self.seams.observers):  # what was opened first is closed last
             observer.train_end(self)
@@ -102,8 +107,10 @@ class Loop:
         is_best = fitness >= self.best_fitness
         self.best_fitness = max(fitness, self.best_fitness)
         record = EpochRecord(epoch, losses, metrics, rates, fitness, is_best)
-        stop = any([observer.epoch_end(self, record) for observer in self.seams.observers])
-        return self.world.from_main(stop)
+        for observer in self.seams.observers:  # the checkpoint comes last and holds what those before it asked for
+            self.stopped = observer.epoch_end(self, record) or self.stopped
+        self.stopped = self.world.from_main(self.stopped)
+        return self.stopped
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.network.train()
@@ -139,7 +146,7 @@ class Loop:
     def _check(self, items: Tensor, epoch: int, index: int) -> None:
         """Raise `InputError` where the loss is no number any more. (The same in every process, since the parts are their mean.)"""
         if not bool(torch.isfinite(items).all()):
-            raise InputError(
+            raise Diverged(
                 f"the loss became {items.tolist()} in epoch {epoch + 1}, batch {index + 1}; training stopped, the last checkpoint is kept. "
                 "Lower lr0 in the hyp file (a tenth is a good start) or the sparsity strength"
             )
@@ -166,22 +173,24 @@ class Loop:
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.ema.updates,
             "best_fitness": self.best_fitness,
+            "stopped": self.stopped,
             "seams": {name: seam.state_dict() for name, seam in self.seams.stateful().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], ema: dict[str, Tensor], epoch: int) -> None:
         """Continue after `epoch` (0-based, finished) from `state_dict()`'s content and the EMA's tensors."""
-        self.network.load_state_dict(state["network"])
-        self.ema.network.load_state_dict(ema)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.ema.updates, self.best_fitness, self.start_epoch = state["ema_updates"], state["best_fitness"], epoch + 1
         seams = self.seams.stateful()
         if self.world.is_main and seams.keys() != state["seams"].keys():  # the others have no observers
             raise InputError(
                 f"--resume: the run was made with {sorted(state['seams'])}, this one has {sorted(seams)}; "
                 "use the script and flags it was started with"
             )
+        self.network.load_state_dict(state["network"])
+        self.ema.network.load_state_dict(ema)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.ema.updates, self.best_fitness, self.start_epoch = state["ema_updates"], state["best_fitness"], epoch + 1
+        self.stopped = state["stopped"]
         for name, seam in seams.items():
             seam.load_state_dict(state["seams"][name])
         LOGGER.info(f"resuming after epoch {epoch + 1}")

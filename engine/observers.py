@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from engine.loop import Loop
 from engine.seams import EpochRecord, Observer
-from models.checkpoint import Model, load_model, save_model
+from models.checkpoint import Model, load_model, save_model, stripped
 from pruning.sparsity import SparsityTerm, advice, gammas, near_zero_share
 from utils import plots
 from utils.boxes import denormalise, xywh_to_xyxy
-from utils.files import write_text
+from utils.files import copy_file, sync, write_text
 from utils.labels import load_image
 from utils.log import LOGGER
 
@@ -67,37 +67,58 @@ class Progress(Observer):
 
 
 class CsvLog(Observer):
-    """`results.csv` in YOLOv5's columns, one row per epoch; the file is rewritten whole, so an epoch never stands in it twice.
+    """`results.csv` in YOLOv5's columns, one row per epoch. The checkpoint carries the lines: a resumed run begins with those up to it.
 
     `metrics` are the columns of the evaluation; they read nan in an epoch without one.
     """
 
     def __init__(self, path: Path, metrics: Sequence[str]) -> None:
         self.path, self.metrics = path, metrics
+        self.lines: list[str] = []
+
+    def train_start(self, loop: Loop) -> None:
+        if self.lines:
+            self._write()
+        else:  # --exist-ok: an older run's rows must not pass for this one's
+            self.path.unlink(missing_ok=True)
 
     def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
         metrics = {name: record.metrics.get(name, float("nan")) for name in self.metrics}
         values = {"epoch": record.epoch, **record.losses, **metrics, **record.rates}
-        rows = self.path.read_text(encoding="utf-8").splitlines()[1:] if record.epoch and self.path.exists() else []
-        rows = [row for row in rows if int(row.split(",")[0]) < record.epoch]
-        header = ",".join(f"{name:>{CSV_WIDTH}}" for name in values)
-        rows.append(",".join(f"{v:>{CSV_WIDTH}.5g}" for v in values.values()))
-        write_text(self.path, "\n".join([header, *rows]) + "\n")
+        if not self.lines:
+            self.lines.append(",".join(f"{name:>{CSV_WIDTH}}" for name in values))
+        self.lines.append(",".join(f"{v:>{CSV_WIDTH}.5g}" for v in values.values()))
+        self._write()
         return False
+
+    def _write(self) -> None:
+        write_text(self.path, "\n".join(self.lines) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": list(self.lines)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.lines = list(state["lines"])
 
 
 class TensorBoard(Observer):
     """Scalars under YOLOv5's names, and the graph at batch 0. `writer`, open from `train_start` on, is shared with the observers that
-    log histograms. `board_pictures` adds the pictures once they are drawn."""
+    log histograms. `board_pictures` adds the pictures once they are drawn.
+
+    The checkpoint carries the size that each events file had: what a killed run wrote after it is cut off when the run is resumed, so
+    that no event is lost and none stands twice.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.writer: Any = None
         self._graph_due = False
+        self.sizes: dict[str, int] = {}
 
     def train_start(self, loop: Loop) -> None:
         from torch.utils.tensorboard import SummaryWriter  # heavy: TensorBoard pulls in a good deal
 
+        self._cut()
         self.writer = SummaryWriter(str(self.folder))
         self._graph_due = loop.start_epoch == 0
 
@@ -116,10 +137,30 @@ class TensorBoard(Observer):
         except Exception as error:  # noqa: BLE001 - a picture of the network is no reason to lose a training
             LOGGER.warning(f"TensorBoard: no graph of this model ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
 
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("events.out.tfevents.*"))
+
+    def _cut(self) -> None:
+        for path in self._files():
+            size = self.sizes.get(path.name, 0)
+            if size == 0:
+                path.unlink()
+            elif size < path.stat().st_size:
+                os.truncate(path, size)
+
+    def state_dict(self) -> dict[str, Any]:
+        self.writer.flush()
+        for path in self._files():
+            sync(path)
+        return {"sizes": {path.name: path.stat().st_size for path in self._files()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sizes = dict(state["sizes"])
+
     def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
         for name, value in {**record.losses, **record.metrics, **record.rates}.items():
             self.writer.add_scalar(name, value, record.epoch)
-        self.writer.flush()
+        self.writer.flush()  # for who is watching
         return False
 
     def train_end(self, loop: Loop) -> None:
@@ -153,7 +194,8 @@ def board_pictures(folder: Path) -> None:
 class Checkpoints(Observer):
     """`weights/last.pt` every epoch, `best.pt` when the fitness equals its maximum, `epochN.pt` every `period`; stripped at the end.
 
-    best.pt is copied from last.pt after it, so it is never newer. `extra` are the model's hyp and options.
+    An epoch counts as finished once its last.pt is in place. The others are copies of it with its time, so they are never newer; a
+    resumed run makes those that a kill prevented. `hyp` and `options` go into every file.
     """
 
     folder: Path
@@ -165,13 +207,17 @@ class Checkpoints(Observer):
     save: bool = True
     last: Path = field(init=False)
     best: Path = field(init=False)
+    saved: int = field(init=False, default=0)  # epochs that last.pt holds
+    is_best: bool = field(init=False, default=False)
     unsaved: EpochRecord | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
 
     def train_start(self, loop: Loop) -> None:
-        if loop.start_epoch == 0:  # --exist-ok: an older run's weights must not pass for this one's
+        if self.saved:
+            self._copy()
+        else:  # --exist-ok: an older run's weights must not pass for this one's
             self.last.unlink(missing_ok=True)
             self.best.unlink(missing_ok=True)
 
@@ -186,30 +232,37 @@ class Checkpoints(Observer):
             self._write(loop, self.unsaved)
 
     def _write(self, loop: Loop, record: EpochRecord) -> None:
+        self.saved, self.is_best, before = record.epoch + 1, record.is_best, self.saved
         model = Model(
             loop.network.blocks, loop.ema.network.state_dict(), self.names, self.imgsz, record.epoch, loop.best_fitness, self.hyp,
             self.options, loop.state_dict(),
         )  # fmt: skip
-        save_model(self.last, model)
-        if record.is_best:
-            _copy(self.last, self.best)
-        if self.period > 0 and (record.epoch + 1) % self.period == 0:
-            _copy(self.last, self.folder / f"epoch{record.epoch + 1}.pt")
+        try:
+            save_model(self.last, model)
+        except BaseException:
+            self.saved = before
+            raise
+        self._copy()
+
+    def _copy(self) -> None:
+        if self.is_best:
+            copy_file(self.last, self.best)
+        if self.period > 0 and self.saved % self.period == 0:
+            copy_file(self.last, self.folder / f"epoch{self.saved}.pt")
 
     def strip(self) -> None:
-        """Drop the state of training from last.pt and best.pt."""
-        for path in (self.last, self.best):
+        """Drop the state of training from best.pt, then from last.pt; with that the run is finished and can no longer be resumed."""
+        for path in (self.best, self.last):
             if path.exists():
-                model = load_model(path)
-                save_model(
-                    path, Model(model.blocks, model.state, model.names, model.imgsz, -1, model.best_fitness, model.hyp, model.options)
-                )
+                modified = path.stat().st_mtime_ns
+                save_model(path, stripped(load_model(path)))
+                os.utime(path, ns=(modified, modified))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"saved": self.saved, "is_best": self.is_best}
 
-def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.saved, self.is_best = state["saved"], state["is_best"]
 
 
 class EarlyStopping(Observer):

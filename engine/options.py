@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from utils.errors import InputError
 
@@ -67,3 +70,31 @@ class TrainOptions:
             raise InputError(f"--seed {self.seed}: must not be negative")
         if (self.sr or 0) < 0 or self.beta_sr < 0:
             raise InputError(f"--sr {self.sr}, --beta-sr {self.beta_sr}: strengths must not be negative; 0 turns the penalty off")
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> TrainOptions:
+        """The options of a checkpoint or an `opt.yaml`; what this version does not know is passed over."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known})
+
+    @property
+    def script(self) -> str:
+        """The script that such a run is started and resumed with."""
+        if self.sr is not None:
+            return "train_sparsity.py"
+        return "finetune_pruned.py" if self.strict else "train.py"
+
+    def command(self) -> str:
+        """The command line that starts this run: every option that is not at its default, as the script's flags."""
+        words = ["python", self.script]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "strict" and value != field.default:
+                words += _flag(field.name, value)
+        return shlex.join(words)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = {"amp": "--no-amp", "teacher": "--t_weight", "teacher_cfg": "--t_cfg"}.get(name, "--" + name.replace("_", "-"))
+    values = [] if isinstance(value, bool) else [str(v) for v in (value if isinstance(value, tuple) else (value,))]
+    return [*(["--distill"] if name == "teacher" else []), flag, *values]

@@ -18,11 +18,12 @@ from engine.observers import BatchPictures, Checkpoints, CsvLog, EarlyStopping, 
 from engine.optim import build_optimizer
 from engine.options import TrainOptions
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
+from engine.resume import find_last, nothing_lost
 from engine.schedule import ScheduleOptions, YoloSchedule, warmup_batches
 from engine.seams import Evaluator, Objective, Observer, Seams
 from models.blocks import Blocks, flops, parameters, strides
 from models.cfg import read_cfg_text, write_cfg
-from models.checkpoint import Model, load_model, read_structure, transfer, with_anchors_of
+from models.checkpoint import Model, load_model, read_structure, stripped, transfer, with_anchors_of
 from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms, with_placeholder_anchors
 from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised
 from utils import plots
@@ -32,7 +33,7 @@ from utils.data_config import DataConfig, read_data
 from utils.dataset import DatasetOptions, DetectionDataset, EpochLoader, make_loader
 from utils.device import Precision, select_device, training_precision, worker_count
 from utils.errors import InputError
-from utils.files import make_folder, run_folder, write_text
+from utils.files import make_folder, remove_temporaries, run_folder, write_text
 from utils.flags import multiple
 from utils.hyp import read_hyp
 from utils.labels import LabelSet, scan_labels
@@ -65,23 +66,20 @@ def train(options: TrainOptions) -> Path:
 
 
 def resume(path: str | Path, device: str = "", workers: int | None = None) -> Path:
-    """Continue the run whose `last.pt` is `path` (empty: the newest run under runs/train) after its last finished epoch."""
-    last = Path(path) if path else _newest_checkpoint()
+    """Continue the run whose folder or `last.pt` is `path` (empty: the newest run under runs/) after its last finished epoch.
+
+    A run that was cut off after its last epoch is completed.
+    """
+    last = find_last(path)
     model = load_model(last)
     if model.training is None:
         raise InputError(f"--resume: {last} is finished (its training state is stripped); start a new run with --weights {last}")
-    known = {f.name for f in fields(TrainOptions)}
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in model.options.items() if k in known}
-    options = replace(TrainOptions(**saved), device=device or saved["device"], workers=saved["workers"] if workers is None else workers)
+    options = TrainOptions.from_saved(model.options)
+    options = replace(options, device=device or options.device, workers=options.workers if workers is None else workers)
+    if model.training.get("stopped") or model.epoch + 1 >= options.epochs:
+        LOGGER.info("every epoch is trained; the run was cut off at its end, which is completed now")
     with join() as world:
         return _train(options, last.parent.parent, model, world)
-
-
-def _newest_checkpoint() -> Path:
-    found = sorted(Path("runs").glob("**/weights/last.pt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise InputError("--resume: no runs/**/weights/last.pt is here; give the path of a last.pt")
-    return found[-1]
 
 
 def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: World) -> Path:
@@ -108,22 +106,16 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: Wo
     loop, checkpoints = _assemble(network, data, hyp, options, precision, folder, world)
     if resumed:
         loop.load_state_dict(resumed.training, resumed.state, resumed.epoch)
-    if world.is_main:
-        _prepare_folder(folder, options, hyp, data)
-    LOGGER.info(
-        f"training {len(data.train)} images, validating {len(data.val)}, {data.imgsz} px, {precision_text(precision)}"
-        + (f", {world.size} processes" if world.size > 1 else "")
-        + f"; results go to {folder}"
-    )
-    try:
+    with nothing_lost(checkpoints, options):
+        if world.is_main:
+            _prepare_folder(folder, options, hyp, data, fresh=not resumed)
+        LOGGER.info(
+            f"training {len(data.train)} images, validating {len(data.val)}, {data.imgsz} px, {precision_text(precision)}"
+            + (f", {world.size} processes" if world.size > 1 else "")
+            + f"; results go to {folder}"
+        )
         loop.run()
-    except KeyboardInterrupt:
-        if checkpoints.last.exists():
-            LOGGER.info(f"interrupted; the last finished epoch is kept. Continue with --resume {checkpoints.last}")
-        else:
-            LOGGER.info("interrupted before an epoch was saved; nothing is kept")
-        raise
-    return _finish(checkpoints, data, options, precision, folder) if world.is_main else folder
+        return _finish(checkpoints, data, options, precision, folder) if world.is_main else folder
 
 
 def _check_world(options: TrainOptions, device: torch.device, world: World) -> None:
@@ -324,23 +316,27 @@ def _sparsity(blocks: Blocks, hyp: dict, options: TrainOptions) -> SparsityTerm:
     return SparsityTerm(paths, SparsityOptions(options.sr, options.sr_decay, options.beta_sr), options.epochs)
 
 
-def _prepare_folder(folder: Path, options: TrainOptions, hyp: dict[str, float], data: _Data) -> None:
+def _prepare_folder(folder: Path, options: TrainOptions, hyp: dict[str, float], data: _Data, fresh: bool) -> None:
     make_folder(folder / "weights")
+    for place in (folder, folder / "weights"):
+        remove_temporaries(place)
     saved = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
     write_text(folder / "opt.yaml", yaml.safe_dump(saved, sort_keys=False))
     write_text(folder / "hyp.yaml", yaml.safe_dump(hyp, sort_keys=False))
-    if not (folder / "labels.jpg").exists():
+    if fresh or not (folder / "labels.jpg").exists():
         labels = np.concatenate(data.train.labels)
         plots.plot_labels(labels, data.names, folder / "labels.jpg")
         plots.plot_labels_correlogram(labels, folder / "labels_correlogram.jpg")
 
 
 def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precision: Precision, folder: Path) -> Path:
-    """Strip the checkpoints, evaluate the one that counts once more with pictures, and say where everything is."""
-    checkpoints.strip()
+    """Evaluate the checkpoint that counts once more with pictures, strip both, and say where everything is.
+
+    Stripping comes last: as long as last.pt holds its state of training, `--resume` completes what is missing here.
+    """
     # The best epoch of a sparsity training is usually its first, when nothing is sparse yet: what counts there is the last.
     best = checkpoints.best if checkpoints.best.exists() and options.sr is None else checkpoints.last
-    model = load_model(best)
+    model = stripped(load_model(best))
     network = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
     validation = DatasetOptions(
         data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls,
@@ -359,6 +355,7 @@ def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precis
     plot_evaluation(evaluation, data.names, folder)
     plots.plot_results(folder / "results.csv", folder / "results.png")
     board_pictures(folder)
+    checkpoints.strip()
     LOGGER.info(
         f"weights: {checkpoints.last} and {checkpoints.best.name} beside it; the figures above are those of {best.name}\nresults saved to {folder}"
     )

@@ -22,7 +22,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -64,11 +64,11 @@ class Model:
 
 def save_model(path: Path, model: Model) -> None:
     """Write `model` atomically; stripped (half-precision convolutions) where `model.training` is None."""
-    stripped = model.training is None
+    half = model.training is None
     content = {
         "format": FORMAT,
         "cfg": write_cfg(model.blocks),
-        "state": {k: _stored(v, stripped) for k, v in model.state.items()},
+        "state": {k: _stored(v, half) for k, v in model.state.items()},
         "names": list(model.names),
         "imgsz": model.imgsz,
         "epoch": model.epoch,
@@ -78,13 +78,30 @@ def save_model(path: Path, model: Model) -> None:
         "training": model.training,
         "extensions": {},
     }
-    with atomic(path) as temporary:
-        torch.save(content, temporary)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        _save(content, file)
 
 
-def _stored(tensor: Tensor, stripped: bool) -> Tensor:
+def _save(content: dict[str, Any], file: BinaryIO) -> None:
+    """`torch.save`, whose archive writer turns a full disk (and Ctrl-C) into a `RuntimeError` about positions: raise what happened."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        cause: BaseException = error
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        raise cause from None
+
+
+def stripped(model: Model) -> Model:
+    """`model` without its state of training, with the values that its stripped file would give back."""
+    state = {k: _stored(v, half=True) for k, v in model.state.items()}
+    return replace(model, state={k: v.float() if v.is_floating_point() else v for k, v in state.items()}, epoch=-1, training=None)
+
+
+def _stored(tensor: Tensor, half: bool) -> Tensor:
     tensor = tensor.detach().cpu()
-    return tensor.half() if stripped and tensor.dim() == 4 and tensor.is_floating_point() else tensor.clone()
+    return tensor.half() if half and tensor.dim() == 4 and tensor.is_floating_point() else tensor.clone()
 
 
 def load_model(weights: str | Path, cfg: str | Path | None = None) -> Model:

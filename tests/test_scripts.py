@@ -365,7 +365,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     before = (tmp_path / "m.pt").read_bytes()
 
     def full(*args: object, **kwargs: object) -> None:
-        Path(str(args[1])).write_bytes(b"half")
+        args[1].write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

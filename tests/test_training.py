@@ -369,7 +369,7 @@ def test_two_epochs_equal_one_and_one_resumed() -> None:
     first.seams.observers.append(type("Stop", (Observer,), {"epoch_end": lambda self, loop, record: True})())
     first.run()
     first.seams.observers.pop()
-    state, ema = first.state_dict(), {k: v.clone() for k, v in first.ema.network.state_dict().items()}
+    state, ema = first.state_dict() | {"stopped": False}, {k: v.clone() for k, v in first.ema.network.state_dict().items()}
     second = make_loop(seams(), epochs=3)
     second.load_state_dict(state, ema, 0)
     second.run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -455,6 +456,8 @@ def _as_is(batch: Batch | InputError) -> Batch | InputError:
 
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
+    for interruption in (signal.SIGINT, signal.SIGTERM):  # they reach every process of a group; the main one ends its workers
+        signal.signal(interruption, signal.SIG_IGN)
 
 
 def _checked(batch: Batch | InputError) -> Batch:

@@ -1,8 +1,11 @@
-"""Files: run folders, atomic writes, and clear errors for files that are not there."""
+"""Files: run folders, atomic and durable writes, and clear errors for files that are not there or cannot be written."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +25,50 @@ def existing(path: str | Path, flag: str) -> Path:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    """Yield a temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    What is in place is also on the disk: a power cut leaves the old file or the new one, never an empty one.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # some systems cannot open a folder; the renaming is safe against a kill all the same
+            sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+        _discard(temporary)
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there before is unchanged") from None
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
+
+
+def sync(path: Path) -> None:
+    """Return once a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # its folder may be what is gone
+        temporary.unlink()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy `source` atomically, with its modification time: a copy is never newer than what it was made from."""
+    with atomic(target) as temporary:
+        shutil.copy2(source, temporary)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `atomic` had begun in `folder` when its process was killed."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            _discard(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,10 +80,10 @@ def write_text(path: Path, text: str) -> None:
 def run_folder(project: str | Path, name: str, exist_ok: bool = False) -> Path:
     """The folder for a run: `project/name`, or the first free of `name2`, `name3`, ... as in YOLOv5. It is not created yet."""
     first = Path(project) / name
-    if exist_ok or not first.exists():
+    if exist_ok or not os.path.exists(first):  # unlike Path.exists, says no where looking is not permitted; `make_folder` says why
         return first
     n = 2
-    while (path := Path(f"{first}{n}")).exists():
+    while os.path.exists(path := Path(f"{first}{n}")):
         n += 1
     return path
 
