@@ -32,7 +32,7 @@ def fit(anchors: np.ndarray, wh: np.ndarray, anchor_t: float) -> AnchorFit:
 
 
 def _match(anchors: np.ndarray, wh: np.ndarray) -> np.ndarray:
-    ratio = wh[:, None] / anchors[None]
+    ratio = wh[:, None] / anchors[None].clip(1e-9)  # a placeholder's side may be 0; it fits nothing
     return np.minimum(ratio, 1 / ratio).min(2)
 
 
@@ -67,19 +67,24 @@ def _fitness(anchors: np.ndarray, wh: np.ndarray, anchor_t: float) -> float:
 
 
 def autoanchor(anchors: np.ndarray, wh: np.ndarray, anchor_t: float, seed: int = 0) -> np.ndarray:
-    """Return anchors (levels, na, 2) in pixels: the given ones where their best possible recall exceeds 0.98, else better ones if found."""
-    if (wh >= 2).any(1).sum() < anchors.shape[0] * anchors.shape[1]:
+    """Return anchors (levels, na, 2) in pixels: the given ones where their best possible recall exceeds 0.98, else better ones if found.
+
+    Placeholders (anchors of size 0, from `anchors: 3` in a yaml) are replaced in any case, if there is a label to go by.
+    """
+    placeholders = bool((anchors <= 0).any())
+    usable = int((wh >= 2).any(1).sum())
+    if usable < (1 if placeholders else anchors.shape[0] * anchors.shape[1]):
         LOGGER.info("autoanchor: too few labels of 2 px or more to fit anchors to; they stay")
         return anchors
     flat = anchors.reshape(-1, 2)
     now = fit(flat, wh, anchor_t)
     LOGGER.info(f"autoanchor: {now.per_label:.2f} anchors/target, {now.recall:.3f} best possible recall (BPR)")
-    if now.recall > 0.98:
+    if now.recall > 0.98 and not placeholders:
         return anchors
     sample = wh if len(wh) <= 20000 else wh[np.random.default_rng(seed).choice(len(wh), 20000, replace=False)]
     found = best_anchors(sample, len(flat), anchor_t, seed=seed)
     then = fit(found, wh, anchor_t)
-    if then.recall <= now.recall:
+    if then.recall <= now.recall and not placeholders:
         LOGGER.info("autoanchor: nothing better was found; the anchors stay")
         return anchors
     LOGGER.info(f"autoanchor: replaced, BPR {now.recall:.3f} -> {then.recall:.3f}")
