@@ -1,6 +1,6 @@
 """The table of docs/architectures.md: size, cost, the pruning oracle at full size, and the Darknet form of every stock yaml.
 
-    python benchmarks/architectures.py                      # all; two cores: about ten minutes, 4 GB for the largest
+    python benchmarks/architectures.py                      # all, some minutes; the largest needs 2.4 GB
     python benchmarks/architectures.py yolov3 yolov5s6      # these
 
 Oracle: 40% of the prunable channels, chosen at random, are removed from a network with random gamma and beta and running statistics
@@ -52,6 +52,8 @@ def row(path: Path) -> str:
     """One line of the table."""
     blocks = read_yaml(path)
     difference, bound, moved = oracle(blocks)
+    if not difference <= bound or moved <= 0.1:
+        raise SystemExit(f"{path}: the oracle fails: difference {difference}, bound {bound}, moved {moved}")
     obstacles = darknet_obstacles(blocks)
     darknet = f"no: {obstacles[0].partition(': ')[2]} ({len(obstacles)} blocks)" if obstacles else "yes"
     cells = (f"`{path.relative_to(ROOT)}`", f"{sum(parameters(blocks)):,}", len(shapes_of(blocks)), f"{sum(flops(blocks)) / 1e9:.1f}",

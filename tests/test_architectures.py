@@ -34,7 +34,7 @@ from pruning.masked import zero_gamma
 from pruning.policy import select_masks
 from pruning.spaces import KeepReason, find_spaces
 from pruning.surgery import fold_constants, prune
-from tests.helpers import ROOT, alive, write_dataset
+from tests.helpers import ROOT, alive, with_module, write_dataset
 from tests.test_pruning import POLICIES, assert_oracle, random_mask
 from utils.anchors import autoanchor
 from utils.data_config import read_data
@@ -305,12 +305,11 @@ def test_oracle_of_every_policy(name: str, policy: str) -> None:
     oracle(name, selection.mask)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_oracle_at_full_size(name: str) -> None:
-    blocks = full(name)
-    spaces, side = find_spaces(blocks), image_multiple(blocks)
-    assert_oracle(blocks, alive(blocks, size=side * 2), random_mask(spaces, 1), spaces, (side, 2 * side))
+@pytest.mark.parametrize(("module", "args"), [("GhostBottleneck", [24, 3, 2]), ("nn.ZeroPad2d", [[2, 0, 1, 1]]), ("nn.BatchNorm2d", [])])
+def test_oracle_of_modules_that_no_stock_yaml_has(module: str, args: list) -> None:
+    blocks = with_module(module, args)
+    spaces = find_spaces(blocks)
+    assert_oracle(blocks, alive(blocks), random_mask(spaces, 3), spaces)
 
 
 @pytest.mark.parametrize("name", DISTINCT)
