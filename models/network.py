@@ -50,6 +50,7 @@ class Network(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.strides = strides(blocks)
+        self.max_stride = image_multiple(blocks)  # a layer may be coarser than every head, as in yolov5-p34
         self.heads = heads(blocks)
         self._ops: list[Callable[..., Tensor]] = []
         for block in blocks:
@@ -78,11 +79,6 @@ class Network(nn.Module):
     def anchors(self) -> Tensor:
         """Anchors (levels, na, 2) in pixels."""
         return torch.tensor([self.blocks[i].anchors for i in self.heads], dtype=torch.float32)
-
-    @property
-    def max_stride(self) -> int:
-        """What image sides must be multiples of. A layer below the heads may be coarser than each of them, as in yolov5-p34."""
-        return image_multiple(self.blocks)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         live: dict[int, Tensor] = {0: x}
