@@ -21,10 +21,11 @@ from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from engine.resume import find_last, nothing_lost
 from engine.schedule import ScheduleOptions, YoloSchedule, warmup_batches
 from engine.seams import Evaluator, Objective, Observer, Seams
-from models.blocks import Blocks, flops, parameters, strides
+from models.blocks import Blocks, flops, image_multiple, parameters
 from models.cfg import read_cfg_text, write_cfg
 from models.checkpoint import Model, load_model, read_structure, stripped, transfer, with_anchors_of
 from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms, with_placeholder_anchors
+from models.yaml_reader import ordered_anchors
 from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised
 from utils import plots
 from utils.anchors import autoanchor, label_sizes
@@ -93,7 +94,7 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: Wo
     torch.manual_seed(options.seed + 1)
     blocks, state = (resumed.blocks, None) if resumed else _structure(options)
     with world.main_first():
-        data = _read_data(options, max(32, max(strides(blocks))), world)
+        data = _read_data(options, max(32, image_multiple(blocks)), world)
     if not resumed:
         blocks = _for_data(blocks, data, hyp, options)
     network = _network(blocks, state, options, hyp)
@@ -169,7 +170,8 @@ def _for_data(blocks: Blocks, data: _Data, hyp: dict[str, float], options: Train
         heads = sorted((b for b in blocks if b.kind == "yolo"), key=lambda b: b.level)
         wh = label_sizes(list(data.train.labels), data.train.sizes, data.imgsz, options.seed)
         found = autoanchor(np.array([b.anchors for b in heads]), wh, hyp["anchor_t"], options.seed)
-        blocks = replace_anchors(blocks, [[(float(w), float(h)) for w, h in level.astype(np.float32)] for level in found])
+        found = found.astype(np.float32)
+        blocks = tuple(ordered_anchors(list(replace_anchors(blocks, [[(float(w), float(h)) for w, h in level] for level in found]))))
     if any(side <= 0 for b in blocks for anchor in b.anchors for side in anchor):
         reason = "--noautoanchor" if options.noautoanchor else f"--data {options.data}: too few labels to fit anchors to"
         raise InputError(f"{reason}, but the model has only placeholders; write the anchors' sizes into the model's yaml")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import lcm
 
 from utils.errors import InputError
 
@@ -48,6 +49,7 @@ class Block:
     bn_eps: float = YOLO_BN_EPS
     bn_momentum: float = YOLO_BN_MOMENTUM
     slice: tuple[int, int] | None = None  # route with one input: the channels [start, stop)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)  # zeropad: zeros put left, right, above and below
     level: int = 0  # yolo: index into Detect's level order
     anchors: tuple[tuple[float, float], ...] = ()  # yolo: this level's anchors (width, height) in pixels
     classes: int = 0  # yolo
@@ -128,6 +130,7 @@ KINDS: dict[str, Kind] = {
     "shortcut": Kind(_shortcut, inputs=None),
     "upsample": Kind(_same, lambda block, scale: scale / block.stride),
     "maxpool": Kind(_same, _downscaled),
+    "zeropad": Kind(_same),
     "focus": Kind(lambda block, channels: 4 * channels[0], lambda block, scale: scale * 2),
     "yolo": Kind(_yolo),
 }
@@ -144,7 +147,7 @@ def check(blocks: Sequence[Block]) -> Blocks:
     """Return `blocks` as a tuple after checking every rule that makes it a detector; raise `InputError` naming the block.
 
     Checked: kinds, activations, that inputs point backwards, channel counts (each block's `channels` is what its kind's rule
-    gives), that the two sides of a concat or shortcut have one resolution, unique names of blocks that own tensors.
+    gives), that the inputs of a concat or shortcut have one resolution, unique names of blocks that own tensors.
     """
     if not blocks or blocks[0].kind != "input":
         raise InputError("a model must begin with its input block")
@@ -166,6 +169,7 @@ def check(blocks: Sequence[Block]) -> Blocks:
         raise InputError("the detection levels have different numbers of anchors; give each level as many")
     if sorted(levels) != list(range(len(levels))):
         raise InputError(f"yolo blocks carry the levels {levels}; each of 0..{len(levels) - 1} is needed once")
+    _check_sizes(tuple(blocks))
     return tuple(blocks)
 
 
@@ -182,6 +186,8 @@ def _check_one(blocks: Sequence[Block], index: int, block: Block) -> None:
         raise InputError(f"{where}: inputs {block.inputs} must be earlier blocks")
     if block.size < 1 or block.stride < 1 or block.padding < 0 or block.groups < 1:
         raise InputError(f"{where}: size, stride and groups must be at least 1 and padding at least 0")
+    if min(block.pads) < 0 or (any(block.pads) and block.kind != "zeropad"):
+        raise InputError(f"{where}: pads {block.pads} belong to a zeropad and must be at least 0")
     got = kind.channels(block, [blocks[i].channels for i in block.inputs])
     if got != block.channels or got < 1:
         raise InputError(f"{where}: has channels={block.channels}, its inputs give {got}")
@@ -194,6 +200,20 @@ def _scale_of(block: Block, scales: list[Fraction]) -> Fraction:
     if len(inputs) != 1:
         raise InputError(f"block {block.name or block.kind}: its inputs have different resolutions (strides {sorted(map(str, inputs))})")
     return KINDS[block.kind].scale(block, inputs.pop())
+
+
+def _check_sizes(blocks: Blocks) -> None:
+    """Inputs of equal stride may still differ by a border that a pool or convolution without padding took away."""
+    multiple = image_multiple(blocks)
+    side = multiple * max(4, 256 // multiple)
+    sizes = resolutions(blocks, side, side)
+    for block in blocks:
+        got = sorted({sizes[i] for i in block.inputs})
+        if len(got) > 1:
+            shown = " and ".join(f"{h}x{w}" for h, w in got)
+            raise InputError(
+                f"block {block.name or block.kind}: its inputs have different resolutions ({shown} for an image of {side}x{side})"
+            )
 
 
 def make(block: Block, blocks: Sequence[Block]) -> Block:
@@ -222,6 +242,11 @@ def strides(blocks: Blocks) -> tuple[int, ...]:
     return tuple(int(scales[i]) for i in heads(blocks))
 
 
+def image_multiple(blocks: Blocks) -> int:
+    """What the sides of an image must be multiples of, so that every map has whole cells: the deepest reduction, be it a head's or not."""
+    return lcm(*(scale.numerator for scale in reductions(blocks)))
+
+
 def consumers(blocks: Blocks) -> list[list[int]]:
     """For each block, the indices of the blocks that read it."""
     readers: list[list[int]] = [[] for _ in blocks]
@@ -245,6 +270,9 @@ def resolutions(blocks: Blocks, height: int, width: int) -> list[tuple[int, int]
             h, w = h * block.stride, w * block.stride
         elif block.kind == "focus":
             h, w = h // 2, w // 2
+        elif block.kind == "zeropad":
+            left, right, above, below = block.pads
+            h, w = h + above + below, w + left + right
         sizes.append((h, w))
     return sizes
 

@@ -2,7 +2,7 @@
 
 Sections and keys are Darknet's; what Darknet cannot say is added as keys of ours: `name=` (the YOLOv5 path under which the
 tensors stand), `bn_eps`/`bn_momentum` (in `[net]` for the whole model, in a section where it differs), a `slice=` on a route, and
-the sections `[batchnorm]` and `[focus]`. A convolution that does not read the section above it is preceded by a `[route]` with one
+the sections `[batchnorm]`, `[focus]` and `[zeropad]`. A convolution that does not read the section above it is preceded by a `[route]` with one
 layer, which the reader takes out again. `mask` of `[yolo]` counts in Detect's level order, whatever the order of the sections.
 """
 
@@ -25,6 +25,7 @@ _KEYS: dict[str, set[str]] = {
     "shortcut": {"name", "from", "activation"},
     "upsample": {"name", "stride"},
     "maxpool": {"name", "size", "stride", "padding"},
+    "zeropad": {"name", "padding"},
     "focus": {"name"},
     "yolo": {"name", "mask", "anchors", "classes", "num", "new_coords", "scale_x_y"},
 }
@@ -125,6 +126,7 @@ _FIELDS = {
     "shortcut": lambda block, writer: {"from": ",".join(str(writer.offset(i)) for i in block.inputs[1:]), "activation": "linear"},
     "upsample": lambda block, writer: {"stride": block.stride},
     "maxpool": _pool_keys,
+    "zeropad": lambda block, writer: {"padding": ",".join(map(str, block.pads))},
     "focus": lambda block, writer: {},
     "yolo": _yolo_keys,
 }
@@ -299,6 +301,13 @@ def _read_pool(section: _Section) -> dict[str, object]:
     return {"size": size, "stride": section.integer("stride", 1), "padding": total // 2}
 
 
+def _read_zeropad(section: _Section) -> dict[str, object]:
+    pads = section.numbers("padding")
+    if len(pads) != 4:
+        raise InputError(f"{section.where}: padding=left,right,above,below takes four numbers")
+    return {"pads": tuple(pads)}
+
+
 def _read_shortcut(section: _Section) -> dict[str, object]:
     if _activation(section) != "linear":
         raise InputError(f"{section.where}: activation={section.values['activation']}: only linear is possible after a shortcut")
@@ -331,6 +340,7 @@ _READERS = {
     "shortcut": _read_shortcut,
     "upsample": lambda section: {"stride": section.integer("stride", 2)},
     "maxpool": _read_pool,
+    "zeropad": _read_zeropad,
     "focus": lambda section: {},
     "yolo": _read_yolo,
 }

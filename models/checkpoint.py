@@ -38,6 +38,8 @@ from utils.log import LOGGER
 
 FORMAT = "yolo-prune 1"
 EXTENSIONS: frozenset[str] = frozenset()
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = (ROOT / "models", ROOT / "models" / "hub", ROOT / "cfg")
 State = dict[str, Tensor]
 
 
@@ -124,7 +126,10 @@ def load_model(weights: str | Path, cfg: str | Path | None = None) -> Model:
 
 
 def read_structure(path: str | Path, classes: int | None = None) -> Blocks:
-    """Read a model yaml or a cfg file; `classes` replaces its number of classes."""
+    """Read a model yaml or a cfg file; `classes` replaces its number of classes. A bare name may be one of those that ship."""
+    path = Path(path)
+    if path.name == str(path) and not path.is_file():
+        path = next((shipped for folder in SHIPPED if (shipped := folder / path).is_file()), path)
     path = existing(path, "--cfg")
     if path.suffix in (".yaml", ".yml"):
         return read_yaml(path, classes)

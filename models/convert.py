@@ -2,7 +2,7 @@
 
 python -m models.convert models/yolov5s.yaml --out cfg/yolov5s.cfg
 python -m models.convert yolov5n.pt --out pairs/yolov5n.cfg      # pairs/yolov5n.cfg and pairs/yolov5n.pt
-python -m models.convert --stock                                 # cfg/yolov5{n,s,m,l,x}.cfg from models/*.yaml
+python -m models.convert --stock                                 # the files of cfg/, from the yamls of the same names
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from utils.files import make_folder, write_text
 from utils.log import LOGGER
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED_HUB = ("yolov5s6", "yolov5s-ghost", "yolov3-tiny")  # one each with four levels, depthwise convolutions and a zero-padded pool
 
 
 def stock_cfgs() -> dict[Path, str]:
-    """Path -> text of every cfg file that ships, generated from the yaml of the same name."""
-    return {ROOT / "cfg" / f"{path.stem}.cfg": write_cfg(read_structure(path)) for path in sorted((ROOT / "models").glob("yolov5*.yaml"))}
+    """Path -> text of every cfg file that ships, generated from the yaml of the same name: P5, and a few of the others."""
+    paths = sorted((ROOT / "models").glob("yolov5*.yaml")) + [ROOT / "models" / "hub" / f"{name}.yaml" for name in SHIPPED_HUB]
+    return {ROOT / "cfg" / f"{path.stem}.cfg": write_cfg(read_structure(path)) for path in paths}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

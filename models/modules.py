@@ -2,8 +2,8 @@
 
 Adding a module is adding one function and one row of `MODULES`; training, the cfg format and pruning need nothing else. Each
 function takes the graph, the module's YOLOv5 path, its input indices and its (already width-scaled) arguments, and returns the
-index of its output. Structures: the published YOLOv5 architecture; C2f: Ultralytics YOLOv8's published architecture; GhostConv:
-Han et al., GhostNet (2020).
+index of its output. Structures: the published YOLOv5 architecture; C2f: Ultralytics YOLOv8's published architecture; GhostConv
+and GhostBottleneck: Han et al., GhostNet (2020).
 """
 
 from __future__ import annotations
@@ -36,10 +36,22 @@ class Graph:
 
 def conv(g: Graph, path: str, x: int, c2: int, k: int = 1, s: int = 1, p: int | None = None, groups: int = 1, act: bool = True) -> int:
     """Convolution without bias, batch norm, activation; padding `k // 2` unless given."""
+    if act not in (True, False):  # True is 1: the place holds the activation in old yamls and the dilation in newer ones
+        raise InputError(f"{path}: {act!r} after the groups; only 1 (no dilation), True (the model's activation) or False can be held")
+    k, s, p = (_square(path, v) for v in (k, s, p))
     return g.add(
         "convolutional", (x,), path, channels=c2, size=k, stride=s, padding=k // 2 if p is None else p, groups=groups,
         activation=g.activation if act else "linear", batch_norm=True,
     )  # fmt: skip
+
+
+def _square(path: str, value: int | list[int] | None) -> int | None:
+    """A kernel, stride or padding that a yaml may write for each axis."""
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise InputError(f"{path}: kernel, stride and padding must be equal along both axes, got {value}")
+    return value[0]
 
 
 def depthwise_conv(g: Graph, path: str, x: int, c2: int, k: int = 1, s: int = 1, act: bool = True) -> int:
@@ -57,9 +69,19 @@ def bottleneck(g: Graph, path: str, x: int, c2: int, shortcut: bool = True, grou
 def c3(g: Graph, path: str, x: int, c2: int, n: int = 1, shortcut: bool = True, groups: int = 1, e: float = 0.5) -> int:
     """cv3 over [n bottlenecks over cv1, cv2]."""
     hidden = int(c2 * e)
+    return _c3(g, path, x, c2, hidden, n, lambda inner, y: bottleneck(g, inner, y, hidden, shortcut, groups, e=1.0))
+
+
+def c3_ghost(g: Graph, path: str, x: int, c2: int, n: int = 1, shortcut: bool = True, groups: int = 1, e: float = 0.5) -> int:
+    """`c3` with ghost bottlenecks, which always add their input: `shortcut` and `groups` say nothing here."""
+    hidden = int(c2 * e)
+    return _c3(g, path, x, c2, hidden, n, lambda inner, y: ghost_bottleneck(g, inner, y, hidden))
+
+
+def _c3(g: Graph, path: str, x: int, c2: int, hidden: int, n: int, step: Callable[[str, int], int]) -> int:
     y = conv(g, f"{path}.cv1", x, hidden)
     for i in range(n):
-        y = bottleneck(g, f"{path}.m.{i}", y, hidden, shortcut, groups, e=1.0)
+        y = step(f"{path}.m.{i}", y)
     return conv(g, f"{path}.cv3", g.add("route", (y, conv(g, f"{path}.cv2", x, hidden))), c2)
 
 
@@ -89,6 +111,19 @@ def ghost_conv(g: Graph, path: str, x: int, c2: int, k: int = 1, s: int = 1, gro
     """Half of the channels by a convolution, the other half from them by a depthwise 5x5."""
     y = conv(g, f"{path}.cv1", x, c2 // 2, k, s, groups=groups, act=act)
     return g.add("route", (y, conv(g, f"{path}.cv2", y, c2 // 2, 5, groups=c2 // 2, act=act)))
+
+
+def ghost_bottleneck(g: Graph, path: str, x: int, c2: int, k: int = 3, s: int = 1) -> int:
+    """Ghost convolutions to `c2 // 2` and, without activation, to `c2`, plus the input; with stride 2 both ways shrink depthwise."""
+    hidden = c2 // 2
+    y = ghost_conv(g, f"{path}.conv.0", x, hidden)
+    if s == 2:
+        y = depthwise_conv(g, f"{path}.conv.1", y, hidden, k, s, act=False)
+    y = ghost_conv(g, f"{path}.conv.2", y, c2, act=False)
+    if s == 2:
+        x = depthwise_conv(g, f"{path}.shortcut.0", x, g.channels(x), k, s, act=False)
+        x = conv(g, f"{path}.shortcut.1", x, c2, act=False)
+    return g.add("shortcut", (y, x))
 
 
 def spp(g: Graph, path: str, x: int, c2: int, kernels: tuple[int, ...] = (5, 9, 13)) -> int:
@@ -130,6 +165,19 @@ def max_pool(g: Graph, path: str, x: int, k: int, s: int | None = None, p: int =
     return g.add("maxpool", (x,), path, size=k, stride=k if s is None else s, padding=p)
 
 
+def zero_pad(g: Graph, path: str, x: int, pads: int | list[int]) -> int:
+    """Zeros around the map: `pads` on every side, or [left, right, above, below]."""
+    sides = (pads,) * 4 if isinstance(pads, int) else tuple(pads)
+    if len(sides) != 4 or any(not isinstance(v, int) or v < 0 for v in sides):
+        raise InputError(f"{path}: ZeroPad2d takes a whole number or [left, right, above, below], got {pads!r}")
+    return g.add("zeropad", (x,), path, pads=sides)
+
+
+def batch_norm(g: Graph, path: str, x: int, features: int | None = None) -> int:
+    """A batch norm of its own. It has its input's channels, whatever `features` says."""
+    return g.add("batchnorm", (x,), path)
+
+
 def detect(g: Graph, path: str, inputs: tuple[int, ...], nc: int, anchors: list[list[float]]) -> int:
     """One 1x1 convolution with bias and one `yolo` block per level. `anchors`: per level [w, h, w, h, ...] in pixels."""
     if len(anchors) != len(inputs):
@@ -156,8 +204,10 @@ MODULES: dict[str, Module] = {
     "Conv": Module(conv),
     "DWConv": Module(depthwise_conv),
     "GhostConv": Module(ghost_conv),
+    "GhostBottleneck": Module(ghost_bottleneck),
     "Bottleneck": Module(bottleneck),
     "C3": Module(c3, inner=True),
+    "C3Ghost": Module(c3_ghost, inner=True),
     "C2f": Module(c2f, inner=True),
     "BottleneckCSP": Module(bottleneck_csp, inner=True),
     "SPP": Module(spp),
@@ -166,5 +216,10 @@ MODULES: dict[str, Module] = {
     "Concat": Module(concat, scaled=False, several=True),
     "Upsample": Module(upsample, scaled=False),
     "MaxPool2d": Module(max_pool, scaled=False),
+    "ZeroPad2d": Module(zero_pad, scaled=False),
+    "BatchNorm2d": Module(batch_norm, scaled=False),
     "Detect": Module(detect, scaled=False, several=True),
 }
+
+# What a block cannot hold: the weights of attention depend on the image.
+ATTENTION = frozenset({"C3TR", "TransformerBlock", "TransformerLayer", "MultiheadAttention"})

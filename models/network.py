@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Block, Blocks, check, consumers, flops, heads, parameters, strides
+from models.blocks import Block, Blocks, check, consumers, flops, heads, image_multiple, parameters, strides
 
 _ACTIVATIONS: dict[str, Callable[[bool], nn.Module]] = {
     "linear": lambda inplace: nn.Identity(),
@@ -43,13 +43,14 @@ class Network(nn.Module):
     """A detector built from `blocks`.
 
     `forward((B, channels, H, W) float in 0..1) -> [(B, na*(5+nc), H/s, W/s) raw logits per level]` in Detect's order; H and W must be
-    multiples of the largest stride. An intermediate is freed at its last use.
+    multiples of `max_stride`. An intermediate is freed at its last use.
     """
 
     def __init__(self, blocks: Blocks) -> None:
         super().__init__()
         self.blocks = blocks
         self.strides = strides(blocks)
+        self.max_stride = image_multiple(blocks)  # a layer may be coarser than every head, as in yolov5-p34
         self.heads = heads(blocks)
         self._ops: list[Callable[..., Tensor]] = []
         for block in blocks:
@@ -83,10 +84,6 @@ class Network(nn.Module):
     def anchors(self) -> Tensor:
         """Anchors (levels, na, 2) in pixels."""
         return torch.tensor([self.blocks[i].anchors for i in self.heads], dtype=torch.float32)
-
-    @property
-    def max_stride(self) -> int:
-        return max(self.strides)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         live: dict[int, Tensor] = {0: x}
@@ -150,6 +147,7 @@ _OPS: dict[str, Callable[[Block, Blocks], Callable[..., Tensor]]] = {
     "shortcut": lambda block, blocks: lambda x, *others: sum(others, x),
     "upsample": lambda block, blocks: lambda x: F.interpolate(x, scale_factor=float(block.stride), mode="nearest"),
     "maxpool": lambda block, blocks: lambda x: F.max_pool2d(x, block.size, block.stride, block.padding),
+    "zeropad": lambda block, blocks: lambda x: F.pad(x, block.pads),
     "focus": lambda block, blocks: _focus,
     "yolo": lambda block, blocks: lambda x: x,
 }

@@ -9,12 +9,15 @@ from pathlib import Path
 import yaml
 
 from models.blocks import Blocks, check, image_block, reductions
-from models.modules import MODULES, Graph
+from models.modules import ATTENTION, MODULES, Graph
 from utils.errors import InputError, did_you_mean
 
 _WORDS = {"None": None, "True": True, "False": False}
 _ACTIVATIONS = {"nn.SiLU": "silu", "nn.LeakyReLU": "leaky", "nn.Hardswish": "hardswish", "nn.ReLU": "relu", "nn.Mish": "mish"}
-_KEYS = {"nc", "depth_multiple", "width_multiple", "anchors", "backbone", "head", "ch", "inplace", "activation", "yaml_file"}
+_KEYS = {
+    "nc", "depth_multiple", "width_multiple", "channel_multiple", "anchors", "backbone", "head", "ch", "inplace", "activation", "yaml_file",
+    "csp_activation",  # ours: the activation over BottleneckCSP's concat where it is not the model's, as in YOLOv5 v3.1
+}  # fmt: skip
 
 
 def read_yaml(path: Path, nc: int | None = None) -> Blocks:
@@ -41,9 +44,12 @@ def from_spec(spec: dict, source: str, nc: int | None = None) -> Blocks:
     rows = spec["backbone"] + spec["head"]
     anchors = _anchors(spec.get("anchors"), rows, source)
     depth, width = (_multiple(spec.get(key, 1.0), f"{source}: {key}") for key in ("depth_multiple", "width_multiple"))
+    multiple = spec.get("channel_multiple") or 8
+    if not isinstance(multiple, int) or multiple < 1:
+        raise InputError(f"{source}: channel_multiple must be a positive whole number, got {multiple!r}")
     na = len(anchors[0]) // 2
-    graph = Graph(activation=_activation(spec.get("activation"), source))
-    graph.csp_activation = graph.activation
+    act = _activation(spec, "activation", "silu", source)
+    graph = Graph(activation=act, csp_activation=_activation(spec, "csp_activation", act, source))
     image = image_block(3 if spec.get("ch") is None else spec["ch"], f"{source}: ch")
     outputs = [graph.add("input", (), channels=image.channels)]  # outputs[i + 1] is what layer i gives
     for i, row in enumerate(rows):
@@ -51,10 +57,13 @@ def from_spec(spec: dict, source: str, nc: int | None = None) -> Blocks:
         sources, repeats, module, args = _row(row, i, where)
         args = [_word(arg, nc, anchors) for arg in args]
         if MODULES[module].scaled:
-            args[:1] = [_scale_width(args[0] if args else None, width, na * (nc + 5), where)]
+            args[:1] = [_scale_width(args[0] if args else None, width, na * (nc + 5), multiple, where)]
         n = max(round(repeats * depth), 1) if repeats > 1 else repeats
         outputs.append(_build(graph, module, f"model.{i}", tuple(outputs[s + 1] for s in sources), n, args, where))
-    return check(_ordered_anchors(graph.blocks))
+    try:
+        return check(ordered_anchors(graph.blocks))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 def _multiple(value: object, where: str) -> float:
@@ -68,6 +77,10 @@ def _row(row: list, i: int, where: str) -> tuple[list[int], int, str, list]:
         raise InputError(f"{where}: a row is [from, repeats, module, args], got {row!r}")
     sources, repeats, module, args = row
     module = str(module).removeprefix("nn.")
+    if module in ATTENTION:
+        raise InputError(
+            f"{where}: {module} is attention, which convolutional blocks cannot hold; a model with C3 in its place can be built"
+        )
     if module not in MODULES:
         raise InputError(f"{where}: module {module!r} is not one this project can build{did_you_mean(module, MODULES)}")
     listed = sources if isinstance(sources, list) else [sources]
@@ -92,6 +105,8 @@ def _build(graph: Graph, module: str, path: str, inputs: tuple[int, ...], n: int
         return source
     except TypeError as error:
         raise InputError(f"{where}: {module} does not take the arguments {args}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _word(arg: object, nc: int, anchors: list[list[float]]) -> object:
@@ -102,11 +117,11 @@ def _word(arg: object, nc: int, anchors: list[list[float]]) -> object:
     return _WORDS.get(arg, arg) if isinstance(arg, str) else arg
 
 
-def _scale_width(channels: object, width: float, head: int, where: str) -> int:
-    """Scale a width to a multiple of 8, except for what counts as an output layer (its width is that of a head)."""
+def _scale_width(channels: object, width: float, head: int, multiple: int, where: str) -> int:
+    """Scale a width and round it up to `multiple`, except for what counts as an output layer (its width is that of a head)."""
     if not isinstance(channels, int):
         raise InputError(f"{where}: the first argument must be the output channels, got {channels!r}")
-    return channels if channels == head else ceil(channels * width / 8) * 8
+    return channels if channels == head else ceil(channels * width / multiple) * multiple
 
 
 def _anchors(anchors: object, rows: list, source: str) -> list[list[float]]:
@@ -119,16 +134,20 @@ def _anchors(anchors: object, rows: list, source: str) -> list[list[float]]:
     raise InputError(f"{source}: anchors must be a list of [w,h, w,h, ...] per level or a whole number, got {anchors!r}")
 
 
-def _activation(text: str | None, source: str) -> str:
+def _activation(spec: dict, key: str, default: str, source: str) -> str:
+    """The activation that a constructor call such as `nn.LeakyReLU(0.1)` names. `inplace` changes no value."""
+    text = spec.get(key)
     if text is None:
-        return "silu"
-    name, _, arguments = str(text).partition("(")
-    if name not in _ACTIVATIONS or (name == "nn.LeakyReLU" and arguments.replace(" ", "") != "0.1)"):
-        raise InputError(f"{source}: activation {text!r} is not known; known: {', '.join(_ACTIVATIONS)} (LeakyReLU with 0.1)")
+        return default
+    name, _, rest = str(text).replace(" ", "").partition("(")
+    arguments = [a for a in rest.removesuffix(")").split(",") if a and not a.startswith("inplace=")]
+    wanted = (["0.1"], ["negative_slope=0.1"]) if name == "nn.LeakyReLU" else ([],)
+    if name not in _ACTIVATIONS or arguments not in wanted:
+        raise InputError(f"{source}: {key} {text!r} is not known; known: {', '.join(_ACTIVATIONS)} (LeakyReLU with 0.1)")
     return _ACTIVATIONS[name]
 
 
-def _ordered_anchors(blocks: list) -> list:
+def ordered_anchors(blocks: list) -> list:
     """Flip the anchors over the levels where their area falls while the stride rises, as YOLOv5 does."""
     scales = reductions(tuple(blocks))
     heads = sorted((i for i, b in enumerate(blocks) if b.kind == "yolo"), key=lambda i: blocks[i].level)

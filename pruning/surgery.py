@@ -2,7 +2,8 @@
 
 A channel whose gamma is taken as zero still puts out the constant act(beta). `fold_constants` moves it into the batch norm mean or
 bias of whatever reads it, through routes, shortcuts, pools and upsamples; `prune` then only slices. The step is exact for 1x1
-consumers and for the interior pixels of larger ones; at a zero-padded border it over-counts the taps that fall outside.
+consumers and for the interior pixels of larger ones; at a zero-padded border (a convolution's own, or that of a `zeropad`) it
+over-counts the taps that fall outside.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ _CARRY: dict[str, Callable[[Block, list[Tensor]], Tensor]] = {
     "focus": lambda block, inputs: inputs[0].repeat(4),
     "upsample": lambda block, inputs: inputs[0],
     "maxpool": lambda block, inputs: inputs[0],
+    "zeropad": lambda block, inputs: inputs[0],  # the border holds zeros instead; no bias can tell it from the interior
     "yolo": lambda block, inputs: inputs[0],
 }
 

@@ -14,7 +14,7 @@ from models.checkpoint import shapes_of
 from models.convert import stock_cfgs
 from models.network import Network, fuse, summary
 from models.yaml_reader import from_spec, read_yaml
-from tests.helpers import SMALL_YAML, STOCK, alive, random_blocks, small, stock, with_module
+from tests.helpers import ROOT, SMALL_YAML, STOCK, alive, random_blocks, small, stock, with_module
 from utils.errors import InputError
 
 # Published by YOLOv5 for 80 classes: parameters, length of the state dict, GFLOPs of the convolutions at 640 px (2 x MACs).
@@ -33,6 +33,11 @@ MODULES = [
     ("SPP", [24]),
     ("SPPF", [24, 5]),
     ("GhostConv", [24]),
+    ("GhostBottleneck", [24]),
+    ("GhostBottleneck", [24, 3, 2]),
+    ("C3Ghost", [24]),
+    ("nn.ZeroPad2d", [[2, 0, 1, 1]]),
+    ("nn.BatchNorm2d", []),
     ("Bottleneck", [24]),
 ]
 
@@ -57,10 +62,11 @@ def test_state_dict_keys_are_yolov5s() -> None:
     assert shapes["model.23.cv3.bn.num_batches_tracked"] == ()
 
 
-@pytest.mark.parametrize("size", STOCK)
-def test_shipped_cfgs_are_what_the_command_writes(size: str) -> None:
-    path, text = next((p, t) for p, t in stock_cfgs().items() if p.stem == f"yolov5{size}")
-    assert path.read_text() == text, "run: python -m models.convert --stock"
+def test_shipped_cfgs_are_what_the_command_writes() -> None:
+    written = stock_cfgs()
+    assert set(written) == set((ROOT / "cfg").glob("*.cfg"))
+    for path, text in written.items():
+        assert path.read_text() == text, f"{path.name}: run python -m models.convert --stock"
 
 
 @pytest.mark.parametrize("size", STOCK)
@@ -152,7 +158,14 @@ def test_summary_is_a_tree_with_totals() -> None:
     ("change", "message"),
     [
         ({"backbone": [[-1, 1, "Cnov", [8, 3, 2]]]}, "did you mean Conv"),
-        ({"backbone": [[-1, 1, "C3TR", [8]]]}, "'C3TR' is not one this project can build"),
+        ({"backbone": [[-1, 1, "C3TR", [8]]]}, "my.yaml: layer 0: C3TR is attention, which convolutional blocks cannot hold"),
+        ({"backbone": [[-1, 1, "C3x", [8]]]}, "'C3x' is not one this project can build"),
+        ({"backbone": [[-1, 1, "Conv", [8, [1, 3]]]]}, "must be equal along both axes"),
+        ({"backbone": [[-1, 1, "Conv", [8, 3, 1, None, 1, 2]]]}, "2 after the groups"),
+        ({"backbone": [[-1, 1, "nn.ZeroPad2d", [[0, 1]]]]}, "ZeroPad2d takes a whole number or"),
+        ({"activation": "nn.LeakyReLU(0.2)"}, "activation 'nn.LeakyReLU(0.2)' is not known"),
+        ({"csp_activation": "nn.Tanh()"}, "csp_activation 'nn.Tanh()' is not known"),
+        ({"channel_multiple": 0.5}, "channel_multiple must be a positive whole number"),
         ({"nc": 0}, "nc must be a positive"),
         ({"anchors": "auto"}, "anchors must be"),
         ({"activation": "__import__('os').system('true')"}, "activation"),

@@ -75,7 +75,7 @@ def test_oracle_on_random_networks(seed: int) -> None:
     assert_oracle(blocks, alive(blocks, seed), random_mask(spaces, seed), spaces)
 
 
-@pytest.mark.parametrize("module", ["C3", "C2f", "BottleneckCSP", "SPP", "SPPF", "GhostConv", "Bottleneck"])
+@pytest.mark.parametrize("module", ["C3", "C2f", "BottleneckCSP", "SPP", "SPPF", "GhostConv", "GhostBottleneck", "C3Ghost", "Bottleneck"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_oracle_of_every_module(module: str, policy: str) -> None:
     blocks = with_module(module, [24])

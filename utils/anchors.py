@@ -69,20 +69,24 @@ def _fitness(anchors: np.ndarray, wh: np.ndarray, anchor_t: float) -> float:
 
 
 def autoanchor(anchors: np.ndarray, wh: np.ndarray, anchor_t: float, seed: int = 0) -> np.ndarray:
-    """Return anchors (levels, na, 2) in pixels: the given ones where their best possible recall exceeds 0.98, else better ones if found."""
-    if (wh >= 2).any(1).sum() < anchors.shape[0] * anchors.shape[1]:
+    """Return anchors (levels, na, 2) in pixels: the given ones where their best possible recall exceeds 0.98, else better ones if found.
+
+    Placeholders (anchors of size 0, from `anchors: 3` in a yaml) are replaced in any case, if there is a label to go by.
+    """
+    placeholders = bool((anchors <= 0).any())
+    usable = int((wh >= 2).any(1).sum())
+    if usable < (1 if placeholders else anchors.shape[0] * anchors.shape[1]):
         LOGGER.info("autoanchor: too few labels of 2 px or more to fit anchors to; they stay")
         return anchors
     flat = anchors.reshape(-1, 2)
-    # A side of zero is a placeholder (`anchors: 3` in a yaml): whatever the others fit, such anchors are to be replaced.
-    now = fit(flat, wh, anchor_t) if (flat > 0).all() else AnchorFit(0.0, 0.0)
+    now = AnchorFit(0.0, 0.0) if placeholders else fit(flat, wh, anchor_t)
     LOGGER.info(f"autoanchor: {now.per_label:.2f} anchors/target, {now.recall:.3f} best possible recall (BPR)")
     if now.recall > 0.98:
         return anchors
     sample = wh if len(wh) <= 20000 else wh[np.random.default_rng(seed).choice(len(wh), 20000, replace=False)]
     found = best_anchors(sample, len(flat), anchor_t, seed=seed)
     then = fit(found, wh, anchor_t)
-    if then.recall <= now.recall:
+    if then.recall <= now.recall and not placeholders:
         LOGGER.info("autoanchor: nothing better was found; the anchors stay")
         return anchors
     LOGGER.info(f"autoanchor: replaced, BPR {now.recall:.3f} -> {then.recall:.3f}")
