@@ -193,9 +193,7 @@ def test_trains_evaluates_and_detects(tmp_path, model, capfd) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [[], ["--rect"], ["--cache", "ram", "--workers", 2], ["--cache", "disk"], ["--single-cls", "--multi-scale"]]
-)
+@pytest.mark.parametrize("options", [[], ["--rect"], ["--cache", "ram", "--workers", 2], ["--cache", "disk"], ["--single-cls"]])
 def test_trains_as_a_script_in_every_way_of_loading(tmp_path, model, options) -> None:
     source, expected = write_hostile(tmp_path / "data")
     common = ["--data", source, "--img", 64, "--project", tmp_path, "--device", "cpu"]
