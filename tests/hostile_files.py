@@ -248,6 +248,7 @@ def _labels() -> Iterator[Case]:
         "hexadecimal": ("0x1 0.5 0.5 0.1 0.1", "could not convert string to float: '0x1'"),
         "broken class": ("0.5 0.5 0.5 0.1 0.1", "row 1: a class is not a whole number"),
         "class 3": (f"3 0.5 0.5 0.1 0.1\n{BOX}", "class 3, but the data set has nc = 3"),
+        "class {0} {x}": (f"7 0.5 0.5 0.1 0.1\n{BOX}", "class 7, but the data set has nc = 3"),
         "class 80": (f"{BOX}\n80 0.5 0.5 0.1 0.1", "class 80, but the data set has nc = 3"),
         "class 1e30": ("1e30 0.5 0.5 0.1 0.1", "class 1000000015047466219876688855040, but the data set has nc = 3"),
         "polygon class 3": ("3 0.3 0.35 0.7 0.5 0.4 0.65", "class 3, but the data set has nc = 3"),

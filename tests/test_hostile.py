@@ -104,8 +104,8 @@ def test_the_cache_says_the_same(written, scanned, capsys, monkeypatch) -> None:
 def test_the_cache_knows_nothing_of_nc(written, scanned) -> None:
     folder, _ = written
     everything = scan_labels(folder)
-    assert len(everything) == len(scanned) + 4 and not any("data set has nc" in line for line in everything.messages)
-    assert len(scan_labels(folder, 4)) == len(scanned) + 2  # class 80 and 1e30 stay out
+    assert len(everything) == len(scanned) + 5 and not any("data set has nc" in line for line in everything.messages)
+    assert len(scan_labels(folder, 4)) == len(scanned) + 2  # classes 7, 80 and 1e30 stay out
     assert len(scan_labels(folder, NC)) == len(scanned)
 
 
@@ -193,9 +193,7 @@ def test_trains_evaluates_and_detects(tmp_path, model, capfd) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [[], ["--rect"], ["--cache", "ram", "--workers", 2], ["--cache", "disk"], ["--single-cls", "--multi-scale"]]
-)
+@pytest.mark.parametrize("options", [[], ["--rect"], ["--cache", "ram", "--workers", 2], ["--cache", "disk"], ["--single-cls"]])
 def test_trains_as_a_script_in_every_way_of_loading(tmp_path, model, options) -> None:
     source, expected = write_hostile(tmp_path / "data")
     common = ["--data", source, "--img", 64, "--project", tmp_path, "--device", "cpu"]

@@ -317,10 +317,10 @@ def _below_nc(labels: LabelSet, nc: int) -> LabelSet:
     """
     highest = np.array([rows[:, 0].max() if len(rows) else -1 for rows in labels.labels])
     beyond, labelled = np.flatnonzero(highest >= nc), int((highest >= 0).sum())
-    reasons = [f"{_shown(label_path(labels.images[i]))}: {{}}class {highest[i]:.0f}, but the data set has nc = {nc}" for i in beyond]
+    found = [(_shown(label_path(labels.images[i])), f"class {highest[i]:.0f}, but the data set has nc = {nc}") for i in beyond]
     if len(beyond) > max(labelled / 10, min(10, labelled / 2)):
         raise InputError(
-            f"{reasons[0].format('')}, so classes 0 to {nc - 1}; {len(beyond)} of {labelled} labelled images have such "
+            f"{': '.join(found[0])}, so classes 0 to {nc - 1}; {len(beyond)} of {labelled} labelled images have such "
             f"classes, up to {highest.max():.0f}: correct the labels, or the names"
         )
     kept = np.flatnonzero(highest < nc)
@@ -331,7 +331,7 @@ def _below_nc(labels: LabelSet, nc: int) -> LabelSet:
         sizes=labels.sizes[kept],
         found=labels.found - len(beyond),
         corrupt=labels.corrupt + len(beyond),
-        messages=labels.messages + tuple(reason.format("image ignored: ") for reason in reasons),
+        messages=labels.messages + tuple(f"{label}: image ignored: {reason}" for label, reason in found),
     )
 
 
