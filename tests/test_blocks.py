@@ -10,7 +10,7 @@ import torch
 
 from models.blocks import Block, check, flops, parameters, resolutions, strides
 from models.cfg import read_cfg_text, write_cfg
-from models.checkpoint import shapes_of
+from models.checkpoint import read_structure, shapes_of
 from models.convert import stock_cfgs
 from models.network import Network, fuse, summary
 from models.yaml_reader import from_spec, read_yaml
@@ -227,3 +227,12 @@ def test_missing_yaml_file_is_an_input_error(tmp_path) -> None:
     path.write_text("nc: 3\n")
     with pytest.raises(InputError, match="not a model yaml"):
         read_yaml(path)
+
+
+def test_models_that_ship_are_found_by_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_structure("yolov5s.yaml") == stock("s")
+    assert read_structure("yolov5n6.yaml") == read_structure(ROOT / "models" / "hub" / "yolov5n6.yaml")
+    assert read_structure("yolov5n.cfg", 3) == stock("n", 3)
+    (tmp_path / "yolov5s.yaml").write_text((ROOT / "models" / "yolov5n.yaml").read_text())
+    assert read_structure("yolov5s.yaml") == stock("n"), "a file that is there comes first"
