@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.behind import one_behind
+from engine.tta import AUGMENTED, PLAIN, View, candidates
 from models.network import Network
 from utils.boxes import denormalise, scale_boxes, xywh_to_xyxy
 from utils.dataset import Batch, EpochLoader
-from utils.decode import decode
 from utils.device import Precision
 from utils.loss import DetectionLoss
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
@@ -24,12 +25,13 @@ from utils.nms import non_max_suppression
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """YOLOv5's defaults for measuring mAP. `single_cls` makes every class 0 and suppression class-blind."""
+    """YOLOv5's defaults for measuring mAP. `single_cls` makes every class 0 and suppression class-blind; `augment`: see `engine/tta.py`."""
 
     conf_thres: float = 0.001
     iou_thres: float = 0.6
     max_det: int = 300
     single_cls: bool = False
+    augment: bool = False
     progress: bool = True
 
 
@@ -97,11 +99,13 @@ def evaluate(
     """Evaluate `network` (put into eval mode) on the loader's images.
 
     `on_image(path, (height, width), detections (n, 6) in pixels of the original)` sees every image; `on_batch(index, batch,
-    detections in input pixels)` every batch; with `loss` the mean loss parts are measured too.
+    detections in input pixels)` every batch; with `loss` the mean loss parts are measured too. While the network works on a batch,
+    a thread suppresses and matches the detections of the one before and calls both sinks, in order.
     """
     network.eval()
     tally = _Tally(ConfusionMatrix(network.classes))
-    anchors = network.anchors.to(precision.device)
+    views = AUGMENTED if options.augment else PLAIN
+    after = _After(tally, options, views, network.anchors.to(precision.device), network.strides, on_image, on_batch)
     bar = tqdm(
         loader.epoch(0),
         total=len(loader),
@@ -110,25 +114,44 @@ def evaluate(
         disable=None if options.progress else True,
         leave=False,
     )
-    for index, batch in enumerate(bar):
-        t0 = _now(precision)
-        images = precision.images(batch.images)
-        t1 = _now(precision)
-        with precision.autocast():
-            maps = network(images)
-        predictions = decode(maps, anchors, network.strides)
-        t2 = _now(precision)
-        detections = non_max_suppression(
-            predictions, options.conf_thres, options.iou_thres, multi_label=True, agnostic=options.single_cls, max_det=options.max_det
-        )
-        tally.times += (t1 - t0, t2 - t1, _now(precision) - t2)
-        if loss is not None:
-            parts = loss([m.float() for m in maps], batch.targets.to(precision.device))[1].cpu()
-            tally.losses = parts if tally.losses is None else tally.losses + parts
-        if on_batch:
-            on_batch(index, batch, detections)
-        _count(tally, batch, [d.cpu() for d in detections], options, on_image)
+    with one_behind() as submit:
+        for index, batch in enumerate(bar):
+            t0 = _now(precision)
+            images = precision.images(batch.images)
+            t1 = _now(precision)
+            with precision.autocast():
+                maps = [network(view.of(images, network.max_stride)) for view in views]
+            tally.times[:2] += (t1 - t0, _now(precision) - t1)
+            if loss is not None:
+                parts = loss([m.float() for m in maps[0]], batch.targets.to(precision.device))[1].cpu()
+                tally.losses = parts if tally.losses is None else tally.losses + parts
+            submit(after, index, batch, maps)
     return _finish(tally, len(loader))
+
+
+@dataclass(frozen=True)
+class _After:
+    """What follows the network: from the raw maps of a batch to its place in the tally."""
+
+    tally: _Tally
+    options: EvaluateOptions
+    views: Sequence[View]
+    anchors: Tensor
+    strides: Sequence[int]
+    on_image: ImageSink | None
+    on_batch: BatchSink | None
+
+    @torch.no_grad()
+    def __call__(self, index: int, batch: Batch, maps: list[list[Tensor]]) -> None:
+        """`maps`: per view, level by level."""
+        o, start = self.options, time.perf_counter()
+        rows = candidates(maps, self.views, self.anchors, self.strides, batch.images.shape[3], o.conf_thres)
+        detections = non_max_suppression(rows, o.conf_thres, o.iou_thres, multi_label=True, agnostic=o.single_cls, max_det=o.max_det)
+        detections = [d.cpu() for d in detections]
+        self.tally.times[2] += time.perf_counter() - start
+        if self.on_batch:
+            self.on_batch(index, batch, detections)
+        _count(self.tally, batch, detections, o, self.on_image)
 
 
 def _now(precision: Precision) -> float:
