@@ -42,24 +42,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(work: Path, out: Path, *flags: object) -> dict:
-    """val.py's metrics.json."""
-    common = [
-        "--weights",
-        work / "m.pt",
-        "--data",
-        work / "data/data.yaml",
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        "--project",
-        out,
-        "--name",
-        "v",
-    ]
-    val.main([str(f) for f in (*common, *flags)])
-    return json.loads((out / "v/metrics.json").read_text())
+def run(work: Path, out: Path, **options: object) -> dict:
+    """metrics.json of a run without pictures."""
+    weights, data = str(work / "m.pt"), str(work / "data/data.yaml")
+    folder = validate(ValOptions(weights, data, workers=0, device="cpu", plots=False, project=str(out), name="v", **options))
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def test_save_json_gives_what_pycocotools_gives_on_its_file(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -67,7 +54,7 @@ def test_save_json_gives_what_pycocotools_gives_on_its_file(work: Path, tmp_path
     coco = pytest.importorskip("pycocotools.coco").COCO
     from pycocotools.cocoeval import COCOeval
 
-    metrics = run(work, tmp_path, "--save-json")
+    metrics = run(work, tmp_path, save_json=True)
     truth: dict[str, list] = {"images": [], "annotations": [], "categories": [{"id": i, "name": str(i)} for i in range(3)]}
     for path in sorted((work / "data/labels/val").glob("*.txt")):
         truth["images"].append({"id": int(path.stem)})
@@ -91,7 +78,7 @@ def test_save_json_gives_what_pycocotools_gives_on_its_file(work: Path, tmp_path
 
 
 def test_the_rows_of_the_json(work: Path, tmp_path: Path) -> None:
-    run(work, tmp_path, "--save-json", "--conf", 0.3)
+    run(work, tmp_path, save_json=True, conf_thres=0.3)
     rows = json.loads((tmp_path / "v/m_predictions.json").read_text())
     assert rows and {tuple(r) for r in rows} == {("image_id", "category_id", "bbox", "score")}
     for row in rows:
@@ -134,14 +121,14 @@ def test_without_pycocotools_the_json_is_written_and_one_line_says_what_to_insta
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    metrics = run(work, tmp_path, "--save-json")
+    metrics = run(work, tmp_path, save_json=True)
     assert "coco" not in metrics and json.loads((tmp_path / "v/m_predictions.json").read_text())
     assert "pip install pycocotools" in capsys.readouterr().out
 
 
 def test_nothing_found_is_judged_0(work: Path, tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
-    assert run(work, tmp_path, "--save-json", "--conf", 0.9999)["coco"] == {"map": 0.0, "map50": 0.0}
+    assert run(work, tmp_path, save_json=True, conf_thres=0.9999)["coco"] == {"map": 0.0, "map50": 0.0}
 
 
 def test_task_speed_uses_squares_and_the_thresholds_of_detection(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,17 +140,16 @@ def test_task_speed_uses_squares_and_the_thresholds_of_detection(work: Path, tmp
 
     real = val_run.evaluate
     monkeypatch.setattr(val_run, "evaluate", spy)
-    assert run(work, tmp_path, "--task", "speed")["images"] == 8
+    assert run(work, tmp_path, task="speed")["images"] == 8
     assert (seen["options"].conf_thres, seen["options"].iou_thres) == (0.25, 0.45)
     assert not seen["dataset"].rect and seen["dataset"].pad == 0
 
 
 def test_augment_and_fusing(work: Path, tmp_path: Path) -> None:
     plain = run(work, tmp_path / "plain")
-    augmented = run(work, tmp_path / "augmented", "--augment")
+    augmented = run(work, tmp_path / "augmented", augment=True)
     assert augmented["map50"] != plain["map50"] and augmented["images"] == 8
-    options = ValOptions(str(work / "m.pt"), str(work / "data/data.yaml"), workers=0, plots=False, project=str(tmp_path), fuse=False)
-    unfused = json.loads((validate(options) / "metrics.json").read_text())
+    unfused = run(work, tmp_path / "unfused", fuse=False)
     assert [unfused[k] for k in ("map50", "map", "precision", "recall")] == pytest.approx(
         [plain[k] for k in ("map50", "map", "precision", "recall")], abs=1e-3
     )
@@ -177,6 +163,15 @@ def test_names_come_from_the_checkpoint_where_the_data_has_none(work: Path, tmp_
     save_model(tmp_path / "m.pt", replace(model, names=("ant", "bee", "cat")))
     validate(ValOptions(str(tmp_path / "m.pt"), str(tmp_path / "bare.yaml"), workers=0, plots=False, project=str(tmp_path)))
     assert " bee " in capsys.readouterr().out
+
+
+def test_the_flags_reach_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ValOptions] = []
+    monkeypatch.setattr(val_run, "validate", seen.append)
+    val.main("--weights w.pt --data d.yaml --img 96 --batch 4 --task speed --augment --half --save-json --save_txt --max-det 7".split())
+    assert seen == [
+        ValOptions("w.pt", "d.yaml", "", 96, 4, max_det=7, task="speed", augment=True, half=True, save_json=True, save_txt=True)
+    ]
 
 
 def test_half(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
