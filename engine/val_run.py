@@ -13,6 +13,7 @@ import torch
 
 from engine import coco_json
 from engine.evaluate import EvaluateOptions, evaluate
+from engine.half import keep_ends_in_float32
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from models.checkpoint import Model, load_model
 from models.network import fuse
@@ -74,6 +75,8 @@ def validate(options: ValOptions) -> Path:
     precision = inference_precision(device, options.half)
     network = fuse(model.network()) if options.fuse else model.network()
     network = network.to(device, memory_format=torch.channels_last)
+    if precision.autocast_dtype == torch.bfloat16:
+        keep_ends_in_float32(network)
     imgsz = multiple(options.imgsz or model.imgsz, network.max_stride)
     labels = scan_labels(getattr(config, split), config.nc)
     shapes = {"rect": False} if speed else {"rect": True, "pad": 0.5}

@@ -14,8 +14,10 @@ import yaml
 
 import val
 from engine import coco_json, val_run
+from engine.half import keep_ends_in_float32
 from engine.val_run import ValOptions, validate
 from models.checkpoint import Model, load_model, save_model
+from models.network import fuse
 from tests.helpers import alive, small, write_dataset
 from utils import device as device_module
 from utils.device import inference_precision
@@ -172,6 +174,22 @@ def test_the_flags_reach_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [
         ValOptions("w.pt", "d.yaml", "", 96, 4, max_det=7, task="speed", augment=True, half=True, save_json=True, save_txt=True)
     ]
+
+
+def test_the_ends_stay_in_float32_under_bfloat16() -> None:
+    for network in (alive(small()), fuse(alive(small()))):
+        images = torch.rand(1, 3, 64, 64)
+        with torch.no_grad():
+            exact = network(images)
+            with torch.autocast("cpu", torch.bfloat16):
+                rounded = network(images)
+                keep_ends_in_float32(network)
+                mixed = network(images)
+            plain = network(images)
+        assert all(m.dtype == torch.bfloat16 for m in rounded) and all(m.dtype == torch.float32 for m in mixed)
+        for a, b, c, d in zip(exact, rounded, mixed, plain):
+            assert 0 < (c - a).abs().mean() < (b.float() - a).abs().mean(), "nearer to float32, yet not float32"
+            assert torch.equal(a, d), "without autocast nothing changes"
 
 
 def test_half(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
