@@ -26,7 +26,8 @@ def add_detect_flags(p: Parser) -> None:
     p.add_argument("--nosave", action="store_true", help="do not save images or videos")
     p.add_argument("--classes", nargs="+", type=int, help="keep these classes only")
     p.add_argument("--agnostic-nms", action="store_true", help="let boxes of different classes suppress each other")
-    p.add_argument("--half", action="store_true", help="float16 (CUDA only)")
+    p.add_argument("--augment", action="store_true", help="test-time augmentation: three views of every image")
+    p.add_argument("--half", action="store_true", help="float16 on CUDA, bfloat16 on CPUs with the instructions for it")
     p.add_argument("--line-thickness", type=int, default=3, help="pixels")
     p.add_argument("--hide-labels", action="store_true")
     p.add_argument("--hide-conf", action="store_true")
@@ -40,7 +41,7 @@ def start(args: argparse.Namespace) -> None:
     from engine.predict import PredictOptions, predict
     from engine.predictor import Limits
 
-    same = "weights source cfg imgsz device half view_img vid_stride project name exist_ok"
+    same = "weights source cfg imgsz device half augment view_img vid_stride project name exist_ok"
     values: dict[str, Any] = {key: getattr(args, key) for key in same.split()}
     classes = tuple(args.classes) if args.classes else None
     predict(

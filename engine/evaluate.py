@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.behind import one_behind
+from engine.tta import AUGMENTED, PLAIN, View, candidates
 from models.network import Network
 from utils.boxes import denormalise, scale_boxes, xywh_to_xyxy
 from utils.dataset import Batch, EpochLoader
-from utils.decode import decode
 from utils.device import Precision
 from utils.loss import DetectionLoss
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
@@ -25,12 +26,13 @@ from utils.world import SOLO, World
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """YOLOv5's defaults for measuring mAP. `single_cls` makes every class 0 and suppression class-blind."""
+    """YOLOv5's defaults for measuring mAP. `single_cls` makes every class 0 and suppression class-blind; `augment`: see `engine/tta.py`."""
 
     conf_thres: float = 0.001
     iou_thres: float = 0.6
     max_det: int = 300
     single_cls: bool = False
+    augment: bool = False
     progress: bool = True
 
 
@@ -92,6 +94,10 @@ class _Tally:
     found: list[tuple[Path, tuple[int, int], np.ndarray]] = field(default_factory=list)  # for the main process's `on_image`
     order: list[tuple[int, int, int]] = field(default_factory=list)  # (batch, rank, image) of each image
 
+    def keep(self, path: Path, shape: tuple[int, int], found: np.ndarray) -> None:
+        """An `ImageSink` that remembers."""
+        self.found.append((path, shape, found))
+
 
 def _merged(tallies: list[_Tally]) -> _Tally:
     """The tallies of several processes as one, with the images in the order in which one process would have met them."""
@@ -120,12 +126,17 @@ def evaluate(
     """Evaluate `network` (put into eval mode) on the loader's images.
 
     `on_image(path, (height, width), detections (n, 6) in pixels of the original)` sees every image; `on_batch(index, batch,
-    detections in input pixels)` every batch; with `loss` the mean loss parts are measured too. Of several processes each
-    measures its slice of every batch; all return the figures of the whole, and the sinks run in the main one (`on_batch` on its slices).
+    detections in input pixels)` every batch; with `loss` the mean loss parts are measured too. While the network works on a batch,
+    a thread suppresses and matches the detections of the one before and calls both sinks, in order. Of several processes each measures its
+    slice of every batch; all return the figures of the whole, and the sinks run in the main one (`on_batch` with its slices).
     """
     network.eval()
     tally = _Tally(ConfusionMatrix(network.classes))
-    anchors = network.anchors.to(precision.device)
+    views = AUGMENTED if options.augment else PLAIN
+    shared = world.size > 1  # then the main process's sink waits for the images of the others
+    each = tally.keep if shared and on_image else on_image
+    batches = on_batch if world.is_main else None
+    after = _After(tally, options, views, network.anchors.to(precision.device), network.strides, each, batches)
     bar = tqdm(
         loader.epoch(0),
         total=len(loader),
@@ -134,40 +145,52 @@ def evaluate(
         disable=None if options.progress else True,
         leave=False,
     )
-    for batch in bar:
-        t0 = _now(precision)
-        images = precision.images(batch.images)
-        t1 = _now(precision)
-        with precision.autocast():
-            maps = network(images)
-        predictions = decode(maps, anchors, network.strides)
-        t2 = _now(precision)
-        detections = non_max_suppression(
-            predictions, options.conf_thres, options.iou_thres, multi_label=True, agnostic=options.single_cls, max_det=options.max_det
-        )
-        tally.times += (t1 - t0, t2 - t1, _now(precision) - t2)
-        if loss is not None:
-            parts = loss([m.float() for m in maps], batch.targets.to(precision.device))[1].cpu()
-            tally.losses = parts if tally.losses is None else tally.losses + parts
-        if on_batch and world.is_main:
-            on_batch(batch.number, batch, detections)
-        tally.batches += 1
-        tally.order += [(batch.number, world.rank, i) for i in range(len(batch))]
-        _count(tally, batch, [d.cpu() for d in detections], options, on_image is not None)
+    with one_behind() as submit:
+        for batch in bar:
+            t0 = precision.clock()
+            images = precision.images(batch.images)
+            t1 = precision.clock()
+            with precision.autocast():
+                maps = [network(view.of(images, network.max_stride)) for view in views]
+            tally.times[:2] += (t1 - t0, precision.clock() - t1)
+            if loss is not None:
+                parts = loss([m.float() for m in maps[0]], batch.targets.to(precision.device))[1].cpu()
+                tally.losses = parts if tally.losses is None else tally.losses + parts
+            tally.batches += 1
+            tally.order += [(batch.number, world.rank, i) for i in range(len(batch))]
+            submit(after, batch, maps)
     tally = _merged(world.gather(tally))
-    if on_image and world.is_main:
-        for item in tally.found:
-            on_image(*item)
+    for item in tally.found if on_image and world.is_main else ():
+        on_image(*item)
     return _finish(tally)
 
 
-def _now(precision: Precision) -> float:
-    if precision.device.type == "cuda":
-        torch.cuda.synchronize(precision.device)
-    return time.perf_counter()
+@dataclass(frozen=True)
+class _After:
+    """What follows the network: from the raw maps of a batch to its place in the tally."""
+
+    tally: _Tally
+    options: EvaluateOptions
+    views: Sequence[View]
+    anchors: Tensor
+    strides: Sequence[int]
+    on_image: ImageSink | None
+    on_batch: BatchSink | None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, maps: list[list[Tensor]]) -> None:
+        """`maps`: per view, level by level."""
+        o, start = self.options, time.perf_counter()
+        rows = candidates(maps, self.views, self.anchors, self.strides, batch.images.shape[3], o.conf_thres)
+        detections = non_max_suppression(rows, o.conf_thres, o.iou_thres, multi_label=True, agnostic=o.single_cls, max_det=o.max_det)
+        detections = [d.cpu() for d in detections]
+        self.tally.times[2] += time.perf_counter() - start
+        if self.on_batch:
+            self.on_batch(batch.number, batch, detections)
+        _count(self.tally, batch, detections, o, self.on_image)
 
 
-def _count(tally: _Tally, batch: Batch, detections: list[Tensor], options: EvaluateOptions, keep: bool) -> None:
+def _count(tally: _Tally, batch: Batch, detections: list[Tensor], options: EvaluateOptions, on_image: ImageSink | None) -> None:
     """Match each image's detections with its labels, both in pixels of the original image."""
     height, width = batch.images.shape[2:]
     for i, (found, (shape, (gain, *pad)), path) in enumerate(zip(detections, batch.shapes, batch.paths)):
@@ -183,8 +206,8 @@ def _count(tally: _Tally, batch: Batch, detections: list[Tensor], options: Evalu
         tally.conf.append(found[:, 4])
         tally.predicted.append(found[:, 5])
         tally.confusion.add(found, labels)
-        if keep:
-            tally.found.append((path, shape, found))
+        if on_image:
+            on_image(path, shape, found)
 
 
 def _finish(tally: _Tally) -> Evaluation:

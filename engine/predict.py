@@ -32,6 +32,7 @@ class PredictOptions:
     drawing: Drawing = Drawing()
     device: str = ""
     half: bool = False
+    augment: bool = False
     view_img: bool = False
     vid_stride: int = 1
     project: str = "runs/detect"
@@ -49,7 +50,7 @@ def predict(options: PredictOptions) -> Path:
         _check_windows()
     model = load_model(options.weights, options.cfg or None)
     check_classes(options.limits.classes, model.names, "--classes")
-    predictor = build_predictor(model, options.imgsz, options.device, options.half)
+    predictor = build_predictor(model, options.imgsz, options.device, options.half, options.augment)
     if options.half and predictor.precision.device.type != "cuda":
         LOGGER.info("--half matters on CUDA only; detecting in float32")
     source = frames(options.source, options.vid_stride)

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.inference import inference_network
+from engine.tta import AUGMENTED, PLAIN, candidates
 from models.checkpoint import Model
-from models.network import Network, fuse
+from models.network import Network
 from utils.augment import letterbox
 from utils.boxes import scale_boxes
-from utils.decode import decode
-from utils.device import Precision, select_device
+from utils.device import Precision, inference_precision, select_device
 from utils.errors import InputError
 from utils.flags import multiple
 from utils.nms import non_max_suppression
@@ -60,11 +61,12 @@ class Detections:
 
 
 class Predictor:
-    """A fused network that turns BGR images into detections. `imgsz`: (height, width) that an image is letterboxed into."""
+    """A fused network that turns BGR images into detections. `imgsz`: (height, width) that an image is letterboxed into; `augment`: with
+    test-time augmentation."""
 
-    def __init__(self, network: Network, imgsz: tuple[int, int], precision: Precision) -> None:
-        self.network = fuse(network).to(precision.device, memory_format=torch.channels_last)
-        self.imgsz, self.precision = imgsz, precision
+    def __init__(self, network: Network, imgsz: tuple[int, int], precision: Precision, augment: bool = False) -> None:
+        self.network = inference_network(network, precision)
+        self.imgsz, self.precision, self.views = imgsz, precision, AUGMENTED if augment else PLAIN
         self.anchors = network.anchors.to(precision.device)
 
     def __call__(self, images: Sequence[np.ndarray], limits: Limits = Limits()) -> list[Detections]:
@@ -95,8 +97,8 @@ class Predictor:
         images = self.precision.images(planes)
         times.append(self.precision.clock())
         with self.precision.autocast():
-            maps = self.network(images)
-        predictions = decode(maps, self.anchors, self.network.strides)
+            maps = [self.network(view.of(images, self.network.max_stride)) for view in self.views]
+        predictions = candidates(maps, self.views, self.anchors, self.network.strides, images.shape[3], limits.conf)
         times.append(self.precision.clock())
         found = non_max_suppression(predictions, limits.conf, limits.iou, limits.classes, limits.agnostic, max_det=limits.max_det)
         rows = [f.cpu() for f in found]
@@ -105,16 +107,15 @@ class Predictor:
         return rows, (a, b, c)
 
 
-def build_predictor(model: Model, imgsz: tuple[int, ...] | None, device: str, half: bool) -> Predictor:
+def build_predictor(model: Model, imgsz: tuple[int, ...] | None, device: str, half: bool, augment: bool = False) -> Predictor:
     """The predictor of a loaded checkpoint. `imgsz`: one side, (height, width), or None for the size it was trained at; sides are raised
-    to multiples of the largest stride. `half` matters on CUDA only."""
+    to multiples of the largest stride."""
     network = model.network()
     sides = imgsz or (model.imgsz,)
     if len(sides) > 2 or min(sides) < 1:
         raise InputError(f"imgsz {' '.join(map(str, sides))}: give one size, or height and width, in pixels")
     height, width = (multiple(side, network.max_stride) for side in (sides[0], sides[-1]))
-    where = select_device(device)
-    return Predictor(network, (height, width), Precision(where, torch.float16 if half and where.type == "cuda" else None))
+    return Predictor(network, (height, width), inference_precision(select_device(device), half), augment)
 
 
 def check_classes(classes: Sequence[int] | None, names: Sequence[str], what: str) -> None:

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from engine import coco_json
 from engine.evaluate import EvaluateOptions, evaluate
+from engine.inference import inference_network
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from models.checkpoint import Model, load_model
-from models.network import fuse
+from models.network import Network
 from utils.boxes import label_text
 from utils.data_config import DataConfig, read_data
 from utils.dataset import DatasetOptions, DetectionDataset, make_loader
-from utils.device import Precision, select_device, worker_count
+from utils.device import inference_precision, select_device, worker_count
 from utils.errors import InputError
-from utils.files import make_folder, run_folder
+from utils.files import make_folder, run_folder, write_text
 from utils.flags import multiple
-from utils.labels import scan_labels
+from utils.labels import LabelSet, scan_labels
 from utils.log import LOGGER
 from utils.world import World, join
 
-# COCO's 80 classes keep the ids of its 91: these are the gaps.
-_COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-_COCO_IDS = [i for i in range(1, 91) if i not in _COCO_GAPS]
+SPEED_THRESHOLDS = (0.25, 0.45)  # confidence and IoU of `--task speed`
 
 
 @dataclass(frozen=True)
 class ValOptions:
-    """A validation run. `imgsz` None: the size the checkpoint was trained at. `task`: train, val or test split."""
+    """A validation run. `imgsz` None: the size the checkpoint was trained at.
+
+    `task`: train, val or test split; `speed` times the val split at fixed shape: squares without padding, and the confidence and
+    IoU thresholds of detection.
+    """
 
     weights: str
     data: str
@@ -45,10 +51,12 @@ class ValOptions:
     device: str = ""
     workers: int = 8
     single_cls: bool = False
+    augment: bool = False
     verbose: bool = False
     save_txt: bool = False
     save_conf: bool = False
     save_json: bool = False
+    plots: bool = True
     half: bool = False
     fuse: bool = True
     project: str = "runs/val"
@@ -63,57 +71,64 @@ def validate(options: ValOptions) -> Path:
 
 
 def _validate(options: ValOptions, world: World) -> Path:
+    speed = options.task == "speed"
+    split = "val" if speed else options.task
     model = load_model(options.weights, options.cfg or None)
-    config = read_data(options.data, (options.task,))
+    config = read_data(options.data, (split,))
     _check_classes(model, config, options)
+    names = _names(model, config)
     device = select_device(options.device, world)
-    if options.half and device.type != "cuda":
-        LOGGER.info("--half matters on CUDA only; evaluating in float32")
-    precision = Precision(device, torch.float16 if options.half and device.type == "cuda" else None)
-    network = fuse(model.network()) if options.fuse else model.network()
-    network = network.to(device, memory_format=torch.channels_last)
+    precision = inference_precision(device, options.half)
+    if options.fuse:
+        network = inference_network(model.network(), precision)
+    else:
+        network = model.network().to(device, memory_format=torch.channels_last)
     imgsz = multiple(options.imgsz or model.imgsz, network.max_stride)
     with world.main_first():
-        labels = scan_labels(getattr(config, options.task), config.nc, quiet=not world.is_main)
-    dataset = DetectionDataset(
-        labels,
-        DatasetOptions(
-            imgsz,
-            rect=True,
-            pad=0.5,
-            stride=network.max_stride,
-            batch_size=options.batch_size,
-            single_cls=options.single_cls,
-            channels=network.channels,
-        ),  # fmt: skip
-    )
+        labels = scan_labels(getattr(config, split), config.nc, quiet=not world.is_main)
+    dataset = DetectionDataset(labels, _dataset_options(options, network, imgsz))
     folder = world.from_main(run_folder(options.project, options.name, options.exist_ok))
     if world.is_main:
         make_folder(folder)
-    sink = _Files(folder, options, coco=len(config.names) == 80)
-    limits = EvaluateOptions(options.conf_thres, options.iou_thres, options.max_det, options.single_cls)
+    sink = _Files(folder, options, labels, names)
+    thresholds = SPEED_THRESHOLDS if speed else (options.conf_thres, options.iou_thres)
     evaluation = evaluate(
         network,
-        make_loader(dataset, worker_count(options.workers, world), world=world),
+        make_loader(dataset, worker_count(options.workers, world), pin_memory=device.type == "cuda", world=world),
         precision,
-        limits,
-        on_image=sink,
-        on_batch=BatchPlots(folder, config.names),
+        EvaluateOptions(*thresholds, options.max_det, options.single_cls, options.augment, progress=world.is_main),
+        on_image=sink if options.save_txt or options.save_json else None,
+        on_batch=BatchPlots(folder, names) if options.plots else None,
         world=world,
     )
     if not world.is_main:
         return folder
-    sink.close()
-    LOGGER.info(evaluation.table(config.names, options.verbose or config.nc < 50))
+    LOGGER.info(evaluation.table(names, options.verbose or config.nc < 50))
     LOGGER.info(
         "speed per image: "
         + ", ".join(f"{v:.1f} ms {k}" for k, v in evaluation.speed_ms.items())
         + f", at shape ({options.batch_size}, {network.channels}, {imgsz}, {imgsz})"
     )
-    write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, imgsz))
-    plot_evaluation(evaluation, config.names, folder)
+    coco = sink.close(getattr(config, split))
+    write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, imgsz) | coco)
+    if options.plots:
+        plot_evaluation(evaluation, names, folder)
     LOGGER.info(f"results saved to {folder}")
     return folder
+
+
+def _dataset_options(options: ValOptions, network: Network, imgsz: int) -> DatasetOptions:
+    rect = options.task != "speed"
+    return DatasetOptions(
+        imgsz, rect=rect, pad=0.5 if rect else 0.0, stride=network.max_stride, batch_size=options.batch_size,
+        single_cls=options.single_cls, channels=network.channels,
+    )  # fmt: skip
+
+
+def _names(model: Model, config: DataConfig) -> tuple[str, ...]:
+    """The class names of the data, or the checkpoint's where the data says only how many there are."""
+    unnamed = config.names == tuple(f"class{i}" for i in range(config.nc))
+    return tuple(model.names) if unnamed and len(model.names) == config.nc else config.names
 
 
 def _check_classes(model: Model, config: DataConfig, options: ValOptions) -> None:
@@ -126,24 +141,29 @@ def _check_classes(model: Model, config: DataConfig, options: ValOptions) -> Non
 class _Files:
     """Image sink of `evaluate`: `--save-txt` labels and `--save-json` rows."""
 
-    def __init__(self, folder: Path, options: ValOptions, coco: bool) -> None:
-        self.folder, self.options = folder, options
-        self.ids: Sequence[int] = _COCO_IDS if coco else range(10**6)
-        self.rows: list[dict] = []
+    def __init__(self, folder: Path, options: ValOptions, labels: LabelSet, names: Sequence[str]) -> None:
+        self.folder, self.options, self.labels, self.names = folder, options, labels, names
+        self.ids, self.categories = coco_json.image_ids(labels.images), coco_json.category_ids(names)
+        self.rows: list[dict[str, Any]] = []
 
     def __call__(self, path: Path, shape: tuple[int, int], found: np.ndarray) -> None:
         if self.options.save_txt:
-            self._write_txt(path, shape, found)
+            text = label_text(found, shape, self.options.save_conf)
+            (make_folder(self.folder / "labels") / f"{path.stem}.txt").write_text(text, encoding="utf-8")
         if self.options.save_json:
-            image_id = int(path.stem) if path.stem.isnumeric() else path.stem
-            for (x1, y1, x2, y2), conf, c in zip(found[:, :4].tolist(), found[:, 4].tolist(), found[:, 5].astype(int).tolist()):
-                box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
-                self.rows.append({"image_id": image_id, "category_id": self.ids[c], "bbox": box, "score": round(conf, 5)})
+            self.rows += coco_json.result_rows(self.ids[path], found, self.categories)
 
-    def _write_txt(self, path: Path, shape: tuple[int, int], found: np.ndarray) -> None:
-        text = label_text(found, shape, self.options.save_conf)
-        (make_folder(self.folder / "labels") / f"{path.stem}.txt").write_text(text, encoding="utf-8")
-
-    def close(self) -> None:
-        if self.options.save_json:
-            write_json(self.folder / f"{Path(self.options.weights).stem}_predictions.json", self.rows)
+    def close(self, sources: Sequence[Path]) -> dict[str, Any]:
+        """Write the results of `--save-json` and have them judged; return what that adds to `metrics.json`."""
+        if not self.options.save_json:
+            return {}
+        predictions = self.folder / f"{Path(self.options.weights).stem}_predictions.json"
+        write_text(predictions, json.dumps(self.rows))
+        ids = list(self.ids.values())
+        official = None if self.options.single_cls else coco_json.official_truth(sources, ids, self.names)
+        where, truth = official or ("the labels", coco_json.ground_truth(self.labels, self.ids, self.names, self.options.single_cls))
+        judged = coco_json.judge(truth, predictions, ids)
+        if judged is None:
+            return {}
+        LOGGER.info(f"pycocotools on {where}: mAP50 {judged['map50']:.4f}, mAP50-95 {judged['map']:.4f} ({predictions})")
+        return {"coco": judged}

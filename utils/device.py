@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.log import LOGGER
 from utils.world import SOLO, World
 
 
@@ -72,6 +73,16 @@ def training_precision(device: torch.device, amp: bool = True) -> Precision:
     if device.type == "cuda":
         return Precision(device, torch.float16)
     return Precision(device, torch.bfloat16 if cpu_accelerates_bfloat16() else None)
+
+
+def inference_precision(device: torch.device, half: bool) -> Precision:
+    """`--half`: float16 on CUDA, bfloat16 on CPUs that accelerate it, elsewhere float32 and a line that says so."""
+    if not half:
+        return Precision(device)
+    precision = training_precision(device)
+    if precision.autocast_dtype is None:
+        LOGGER.info("--half: this CPU has no bfloat16 instructions, and emulating them is slower; computing in float32")
+    return precision
 
 
 def worker_count(wanted: int, world: World = SOLO) -> int:

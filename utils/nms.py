@@ -20,10 +20,11 @@ from utils.boxes import xywh_to_xyxy
 MAX_CANDIDATES = 30000
 CLASS_OFFSET = 7680.0  # pixels; larger than any image side, so that boxes of different classes do not meet
 BLOCK = 256  # boxes tested at a time against those already kept
+PREFIX = 4  # times `max_det` candidates are tried first
 
 
 def non_max_suppression(
-    prediction: torch.Tensor,
+    prediction: torch.Tensor | Sequence[torch.Tensor],
     conf_threshold: float = 0.25,
     iou_threshold: float = 0.45,
     classes: Sequence[int] | None = None,
@@ -33,13 +34,14 @@ def non_max_suppression(
 ) -> list[torch.Tensor]:
     """Return per image an (n, 6) float32 tensor, n <= max_det: x1, y1, x2, y2 in pixels, confidence, class; best first.
 
-    `prediction` is (B, N, 5 + nc): xywh in pixels, objectness and class probabilities. Candidates have objectness and
+    `prediction` is (B, N, 5 + nc), or per image an (N, 5 + nc) tensor: xywh in pixels, objectness and class
+    probabilities. Candidates have objectness and
     score = objectness * class probability above `conf_threshold`; with `multi_label` (and nc > 1) each such class of a
     box is one, otherwise its best class only. `classes` keeps these classes, `agnostic` lets boxes of different classes
     suppress each other. No time limit: an image never comes out empty because others were slow.
     """
     return [
-        _suppress(_candidates(rows, conf_threshold, classes, multi_label), iou_threshold, agnostic, max_det) for rows in prediction.detach()
+        _suppress(_candidates(rows.detach(), conf_threshold, classes, multi_label), iou_threshold, agnostic, max_det) for rows in prediction
     ]
 
 
@@ -75,9 +77,19 @@ def _best_first(scores: torch.Tensor, limit: int) -> torch.Tensor:
 
 
 def _suppress(candidates: torch.Tensor, iou_threshold: float, agnostic: bool, max_det: int) -> torch.Tensor:
+    """Return the first `max_det` survivors of candidates (n, 6) given best first.
+
+    What survives among the first k does not depend on the rest, and the cost grows with the square of their number: the
+    rest is looked at only if the first few times `max_det` leave too few.
+    """
     boxes, scores, label = candidates[:, :4], candidates[:, 4], candidates[:, 5:]
     shifted = boxes if agnostic else boxes + label * CLASS_OFFSET
-    return candidates[nms(shifted, scores, iou_threshold, max_det)]
+    size = PREFIX * max_det
+    while True:
+        kept = nms(shifted[:size], scores[:size], iou_threshold, max_det)
+        if len(kept) == max_det or size >= len(candidates):
+            return candidates[kept]
+        size *= PREFIX
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, limit: int | None = None) -> torch.Tensor:
