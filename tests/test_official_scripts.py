@@ -108,7 +108,7 @@ def test_every_release_is_evaluated(era: str, data: Path, tmp_path: Path) -> Non
         call("val", "--weights", weights, "--data", data, *flags)
         figures.append({k: v for k, v in metrics(tmp_path / weights.stem).items() if k != "speed_ms"})
     assert figures[0]["instances"] > 0
-    assert figures[0] == pytest.approx(figures[1]) if not ERAS[era].half else figures[0] == figures[1]
+    assert figures[0] == pytest.approx(figures[1], abs=0 if ERAS[era].half else 0.01, rel=0), "ours stores convolutions in half precision"
 
 
 @pytest.mark.slow
