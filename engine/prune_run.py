@@ -17,7 +17,7 @@ from engine.latency import latency_ms
 from engine.reporting import metrics_of, write_json
 from models.blocks import Blocks
 from models.cfg import write_cfg
-from models.checkpoint import Model, load_model, save_model
+from models.checkpoint import Model, load_model, save_model, with_batch_norms
 from models.network import Network, fuse
 from pruning.masked import largest_difference, masked_network, zero_gamma
 from pruning.policy import PrunePolicy, Selection, gamma_scores, keep_reason, select_masks
@@ -84,7 +84,7 @@ class _Bench:
 
 def run(options: PruneOptions) -> Path:
     """Prune; return the run folder. Nothing is written before the masked network was shown to equal the pruned one."""
-    model = load_model(options.weights, options.cfg or None)
+    model = with_batch_norms(load_model(options.weights, options.cfg or None), options.weights)
     device = select_device(options.device)
     blocks, state = model.blocks, model.state
     bench = _bench(options, model, device)

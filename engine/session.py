@@ -23,7 +23,7 @@ from engine.schedule import ScheduleOptions, YoloSchedule, warmup_batches
 from engine.seams import Evaluator, Objective, Observer, Seams
 from models.blocks import Blocks, flops, image_multiple, parameters
 from models.cfg import read_cfg_text, write_cfg
-from models.checkpoint import Model, load_model, read_structure, stripped, transfer, with_anchors_of
+from models.checkpoint import Model, load_model, read_structure, stripped, transfer, with_anchors_of, with_batch_norms
 from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms, with_placeholder_anchors
 from models.yaml_reader import ordered_anchors
 from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised
@@ -139,10 +139,10 @@ def precision_text(precision: Precision) -> str:
 def _structure(options: TrainOptions) -> tuple[Blocks, dict | None]:
     """The structure to train, with its own number of classes, and the tensors to start from."""
     if options.strict and options.weights:
-        model = load_model(options.weights, options.cfg or None)
+        model = with_batch_norms(load_model(options.weights, options.cfg or None), options.weights)
         return model.blocks, model.state
     if options.weights:
-        model = load_model(options.weights)
+        model = with_batch_norms(load_model(options.weights), options.weights)
         blocks = with_anchors_of(model.blocks, read_structure(options.cfg), options.cfg) if options.cfg else model.blocks
         return blocks, model.state
     if not options.cfg:
@@ -195,7 +195,7 @@ def _network(blocks: Blocks, state: dict | None, options: TrainOptions, hyp: dic
     init_detect_biases(network)
     init_gammas(network, hyp["gamma_init"])
     if state is not None:
-        LOGGER.info(f"{transfer(state, network, skip_anchors=True)} from {options.weights}")
+        LOGGER.info(f"{transfer(state, network)} from {options.weights}")
     frozen = range(options.freeze[0]) if len(options.freeze) == 1 else options.freeze
     for name, parameter in network.named_parameters():
         if any(name.startswith(f"model.{i}.") for i in frozen):

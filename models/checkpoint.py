@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from models import official
-from models.blocks import Block, Blocks, heads
+from models.blocks import Block, Blocks, heads, strides
 from models.cfg import read_cfg, read_cfg_text, write_cfg
 from models.network import Network, replace_anchors
 from models.yaml_reader import from_spec, read_yaml
@@ -113,8 +113,8 @@ def load_model(weights: str | Path, cfg: str | Path | None = None) -> Model:
     """
     path = existing(weights, "--weights")
     try:
-        # What is no zip at all goes to the stricter reader, which says what it is instead.
-        foreign = official.looks_official(path) or not official.is_zip_pickle(path)
+        # What torch should not even open goes to the stricter reader too, which says what it is instead.
+        foreign = official.looks_official(path) or not official.is_plain_zip(path)
         model = _from_official(path) if foreign else _from_ours(path)
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error}); the file is truncated or not a checkpoint") from None
@@ -186,7 +186,10 @@ def _from_ours(path: Path) -> Model:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        official.read_official(path)  # names what the pickle asked for
         raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:160]}); the file may be truncated") from None
+    if not isinstance(content, dict) or "format" not in content:
+        official.read_official(path)  # says what it is instead
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else None
         raise InputError(f"{path}: not a checkpoint of this project (format {got!r}, wanted {FORMAT!r}) nor one of YOLOv5")
@@ -200,15 +203,39 @@ def _from_ours(path: Path) -> Model:
     return Model(blocks, state, tuple(content["names"]), **fields)
 
 
+# What of a pickled yaml shapes the network. Like YOLOv5 we pass over other keys; `check_fit` would tell if they mattered.
+_STRUCTURAL = ("nc", "depth_multiple", "width_multiple", "channel_multiple", "anchors", "backbone", "head", "ch", "activation")
+
+
 def _from_official(path: Path) -> Model:
     file = official.read_official(path)
-    blocks = from_spec(file.yaml, f"{path} (its yaml)", file.nc)
-    if file.fused:
-        raise InputError(f"{path}: its batch norms are fused away, so it cannot be trained or pruned; use the unfused checkpoint")
-    blocks = replace_anchors(blocks, [list(level) for level in file.anchors_pixels])
-    blocks = tuple(_as_pickled(block, file, path) for block in blocks)
-    check_fit(blocks, file.state, f"{path}: its yaml and tensors disagree")
-    return Model(blocks, dict(file.state), tuple(file.names), best_fitness=float(file.best_fitness or 0.0))
+    try:
+        blocks = from_spec({k: v for k, v in file.yaml.items() if k in _STRUCTURAL}, f"{path} (its yaml)", file.nc)
+        blocks = replace_anchors(blocks, _anchors_pixels(file, blocks, path))
+        blocks = tuple(_as_pickled(block, file, path) for block in blocks)
+        check_fit(blocks, file.state, f"{path}: its yaml and tensors disagree")
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise InputError(f"{path}: its yaml describes no network ({type(error).__name__}: {reason})") from error
+    return Model(blocks, dict(file.state), file.names, best_fitness=file.best_fitness or 0.0)
+
+
+def _anchors_pixels(file: official.OfficialCheckpoint, blocks: Blocks, path: Path) -> list[list[tuple[float, float]]]:
+    """The anchors in pixels: the buffer is the truth, since autoanchor leaves the yaml as it was."""
+    cells = strides(blocks)
+    if len(cells) != len(file.anchors) or file.stride not in (None, tuple(map(float, cells))):
+        raise InputError(f"{path}: its Detect layer has {len(file.anchors)} levels with the strides {file.stride}; its yaml gives {cells}")
+    return [[(w, h) for w, h in level] for level in (file.anchors * torch.tensor(cells).view(-1, 1, 1)).tolist()]
+
+
+def with_batch_norms(model: Model, weights: str | Path) -> Model:
+    """Return `model` if it has the batch norms that training and pruning need; raise `InputError` if they are fused away."""
+    if not any(b.kind == "convolutional" and b.batch_norm for b in model.blocks):
+        raise InputError(
+            f"{weights}: its batch norms are fused away, so it cannot be trained or pruned (val.py, detect.py and --t_weight take it); "
+            "use the unfused checkpoint"
+        )
+    return model
 
 
 _PICKLED_ACTIVATIONS = {
@@ -222,7 +249,7 @@ _PICKLED_ACTIVATIONS = {
 
 
 def _as_pickled(block: Block, file: official.OfficialCheckpoint, path: Path) -> Block:
-    """Carry what the file's own modules say into the block: batch norm constants and the activation (it differs between eras)."""
+    """Carry what the file's own modules say into the block: batch norm constants, the activation (it differs between eras), a folded norm."""
     if not block.has_gamma:
         return block
     owner = block.name if block.kind == "convolutional" else block.name.rpartition(".")[0]
@@ -232,13 +259,19 @@ def _as_pickled(block: Block, file: official.OfficialCheckpoint, path: Path) -> 
         raise InputError(
             f"{path}: {owner} has the activation {pickled}, which this project does not have; known: {', '.join(_PICKLED_ACTIVATIONS)}"
         )
+    if f"{owner}.conv.bias" in file.state and f"{block.bn_path}.weight" not in file.state:
+        return replace(block, name=f"{owner}.conv", activation=act, batch_norm=False, bias=True)
     eps, momentum = file.bn_eps.get(block.bn_path, block.bn_eps), file.bn_momentum.get(block.bn_path, block.bn_momentum)
     return replace(block, activation=act, bn_eps=eps, bn_momentum=momentum)
 
 
-def transfer(state: State, network: Network, skip_anchors: bool = False) -> str:
-    """Load the tensors of `state` that `network` has in equal shape; return `transferred N/M tensors`."""
+def transfer(state: State, network: Network) -> str:
+    """Load the tensors of `state` that `network` has in equal shape; return `transferred N/M tensors`.
+
+    The network's anchors stay, since its structure says them; they count where they are the same.
+    """
     own = network.state_dict()
-    fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape and not (skip_anchors and "anchors" in k)}
+    fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    fits = {k: v for k, v in fits.items() if not k.endswith(".anchors") or torch.allclose(own[k], v)}
     network.load_state_dict(fits, strict=False)
     return f"transferred {len(fits)}/{len(own)} tensors"
