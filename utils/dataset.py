@@ -6,20 +6,15 @@ of (seed, epoch, index) alone, so batches are equal bit by bit whatever the numb
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from utils.augment import (
     AugmentOptions,
@@ -27,18 +22,19 @@ from utils.augment import (
     flip_up_down,
     jitter_hsv,
     letterbox,
+    long_side_shape,
     mixup,
     mosaic4,
+    quad,
     random_perspective,
     resize_long_side,
     to_centres,
     to_corners,
+    to_planes,
 )
 from utils.errors import InputError
+from utils.image_cache import RamImages, fill_disk, fits_in_memory, load_decoded
 from utils.labels import LabelSet, load_image
-from utils.log import LOGGER
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 # ((height, width) of the image as displayed, (gain, pad_x, pad_y)): x_input = x_image * gain + pad_x, likewise y.
 ShapeInfo = tuple[tuple[int, int], tuple[float, float, float]]
@@ -52,6 +48,11 @@ class DatasetOptions:
     padded as little as `stride` allows plus `pad` strides, in a fixed order and without mosaic; otherwise squares.
     cache: None, "ram" (resized images) or "disk" (decoded images as `.npy` beside them).  single_cls: all classes
     become 0.
+
+    quad: four samples become one of twice the size, so a batch is a quarter of `batch_size` images.
+
+    With `augment`, JPEGs at least twice as long as imgsz are decoded at a half, a quarter or an eighth of their size;
+    the disk cache and evaluation hold to the whole image.
     """
 
     imgsz: int = 640
@@ -63,12 +64,15 @@ class DatasetOptions:
     cache: str | None = None
     single_cls: bool = False
     seed: int = 0
+    quad: bool = False
 
     def __post_init__(self) -> None:
         if self.cache not in (None, "ram", "disk"):
             raise InputError(f"--cache {self.cache}: expected ram or disk")
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: must be at least 1")
+        if self.quad and self.batch_size % 4:
+            raise InputError(f"--batch-size {self.batch_size}: --quad makes one image of four, so it must be a multiple of 4")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: must not be negative")
 
@@ -125,11 +129,11 @@ class DetectionDataset(Dataset):
             # published figures were measured with this one.
             self._order = np.argsort(aspects, kind="quicksort")
             self._shapes = rect_shapes(aspects[self._order], options)
-        self._ram: list[tuple[np.ndarray, tuple[int, int]]] = []
+        self._ram: RamImages | None = None
         if options.cache == "ram":
             self._fill_ram()
         elif options.cache == "disk":
-            _fill_disk(labels)
+            fill_disk(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -151,8 +155,7 @@ class DetectionDataset(Dataset):
             image, centres, shape = self._augmented(index, self.input_shape(position), rng, self.options.augment)
         labels = np.zeros((len(centres), 6), np.float32)
         labels[:, 1:] = centres
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1)[::-1])  # HWC BGR -> CHW RGB
-        return Sample(torch.from_numpy(planes), torch.from_numpy(labels), index, shape, self.labels.images[index])
+        return Sample(torch.from_numpy(to_planes(image)), torch.from_numpy(labels), index, shape, self.labels.images[index])
 
     def _plain(self, index: int, input_shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, ShapeInfo]:
         """Return image, centres and shape of an image letterboxed into the input."""
@@ -198,23 +201,24 @@ class DetectionDataset(Dataset):
 
     def _sized(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Return an image with its long side at imgsz, not to be written to, and its original (height, width)."""
-        return self._ram[index] if self._ram else self._load_sized(index)
+        width, height = self.labels.sizes[index].tolist()
+        return self._load_sized(index) if self._ram is None else self._ram[index], (height, width)
 
-    def _load_sized(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        path = self.labels.images[index]
-        image = _load_decoded(path) if self.options.cache == "disk" else load_image(path)
-        return resize_long_side(image, self.options.imgsz, smooth=self.options.augment is None), image.shape[:2]
+    def _load_sized(self, index: int) -> np.ndarray:
+        path, imgsz, training = self.labels.images[index], self.options.imgsz, self.options.augment is not None
+        width, height = self.labels.sizes[index].tolist()
+        if self.options.cache == "disk":
+            image = load_decoded(path)
+        else:
+            image = load_image(path, _reduction(max(width, height), imgsz) if training else 1)
+        return resize_long_side(image, imgsz, smooth=not training, original=(height, width))
 
     def _fill_ram(self) -> None:
         """Keep every resized image in memory, if there is enough of it."""
-        scale = self.options.imgsz / self.labels.sizes.max(axis=1)
-        needed = int(3 * (self.labels.sizes.prod(axis=1) * scale**2).sum())
-        available = _available_memory()
-        if available is not None and needed > 0.8 * available:
-            sizes = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB available"
-            LOGGER.warning(f"--cache ram: needs {sizes}; images are read as needed")
-            return
-        self._ram = _in_threads(self._load_sized, range(len(self)), f"caching images ({needed / 1e9:.1f} GB)")
+        shapes = np.array([long_side_shape(height, width, self.options.imgsz) for width, height in self.labels.sizes.tolist()])
+        if fits_in_memory(int(3 * shapes.prod(axis=1).sum())):
+            self._ram = RamImages(shapes)
+            self._ram.fill(self._load_sized)
 
 
 def rect_shapes(aspects: np.ndarray, options: DatasetOptions) -> np.ndarray:
@@ -232,76 +236,15 @@ def rect_shapes(aspects: np.ndarray, options: DatasetOptions) -> np.ndarray:
     return strides.astype(np.int64) * options.stride
 
 
+def _reduction(long_side: int, imgsz: int) -> int:
+    """Return the largest scale 1/n at which a JPEG can be decoded without its long side falling below imgsz."""
+    return next((n for n in (8, 4, 2) if long_side // n >= imgsz), 1)
+
+
 def _without_classes(rows: np.ndarray) -> np.ndarray:
     single = rows.copy()
     single[:, 0] = 0
     return single
-
-
-# Image cache ----------------------------------------------------------------------------------------------------------
-
-
-def _in_threads(work: Callable[[Item], Result], items: Sequence[Item], description: str) -> list[Result]:
-    """Map in a few threads with a progress bar; decoding and resizing release the interpreter lock."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(tqdm(pool.map(work, items), total=len(items), desc=description, disable=None, leave=False))
-
-
-def _available_memory() -> int | None:
-    """Return the bytes of memory that can be taken without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
-def _fill_disk(labels: LabelSet) -> None:
-    """Write each decoded image as `.npy` beside it, unless a newer one is there."""
-    needed = int(3 * labels.sizes.prod(axis=1).sum())
-    free = shutil.disk_usage(labels.images[0].parent).free
-    if needed > 0.9 * free:
-        sizes = f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
-        LOGGER.warning(f"--cache disk: needs {sizes}; images are decoded as needed")
-        return
-    failures = [error for error in _in_threads(_write_decoded, labels.images, "caching images on disk") if error]
-    if failures:
-        LOGGER.warning(f"--cache disk: {len(failures)} images not cached, e.g. {failures[0]}; decoded as needed")
-
-
-def _npy_path(image: Path) -> Path:
-    return image.with_name(f"{image.name}.npy")
-
-
-def _is_current(cached: Path, image: Path) -> bool:
-    return cached.is_file() and cached.stat().st_mtime_ns >= image.stat().st_mtime_ns
-
-
-def _write_decoded(image: Path) -> str:
-    """Write an image's `.npy` whole or not at all; return what went wrong, or an empty string."""
-    cached = _npy_path(image)
-    temporary = cached.with_name(f".{cached.name}.{os.getpid()}")
-    try:
-        if not _is_current(cached, image):
-            with open(temporary, "wb") as file:
-                np.save(file, load_image(image), allow_pickle=False)
-            os.replace(temporary, cached)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        return f"{cached}: {error.strerror}"
-    return ""
-
-
-def _load_decoded(image: Path) -> np.ndarray:
-    """Read an image from its `.npy`, or the image itself where that is missing, older or damaged."""
-    cached = _npy_path(image)
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        if _is_current(cached, image):
-            content = np.load(cached, allow_pickle=False)
-            if content.dtype == np.uint8 and content.ndim == 3 and content.shape[2] == 3:
-                return content
-    return load_image(image)
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
@@ -322,17 +265,21 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Yields batches of (epoch, position) keys; the last one may be short. Set `epoch` before each iteration."""
+    """Yields batches of (epoch, position) keys. Set `epoch` before each iteration.
 
-    def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int) -> None:
+    The last batch may be short; keys beyond a whole number of `group` are left out, other ones in each shuffled epoch.
+    """
+
+    def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int, group: int = 1) -> None:
         self.count = count
+        self.used = count - count % group
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+        return -(-self.used // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return self._batches(self.epoch)  # bound now: a generator of its own would read it at the first batch only
@@ -341,8 +288,9 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         positions = np.arange(self.count)
         if self.shuffle:
             positions = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-        for start in range(0, self.count, self.batch_size):
-            yield [(epoch, int(position)) for position in positions[start : start + self.batch_size]]
+        for start in range(0, self.used, self.batch_size):
+            chosen = positions[start : min(start + self.batch_size, self.used)]
+            yield [(epoch, int(position)) for position in chosen]
 
 
 class _Batches(Dataset):
@@ -356,9 +304,20 @@ class _Batches(Dataset):
 
     def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Batch | InputError:
         try:
-            return collate([self.dataset[key] for key in keys])
+            samples = [self.dataset[key] for key in keys]
+            return collate(self._quads(samples, keys[0][0]) if self.dataset.options.quad else samples)
         except InputError as error:
             return error
+
+    def _quads(self, samples: Sequence[Sample], epoch: int) -> list[Sample]:
+        """Make one sample of every four; it keeps the first one's index, shape and path."""
+        merged = []
+        for first, *others in zip(*[iter(samples)] * 4, strict=True):
+            rng = np.random.default_rng([self.dataset.options.seed, epoch, first.index, 4])  # 4: not the samples' own stream
+            four = (first, *others)
+            image, labels = quad([sample.image.numpy() for sample in four], [sample.labels.numpy() for sample in four], rng)
+            merged.append(replace(first, image=torch.from_numpy(image), labels=torch.from_numpy(labels)))
+        return merged
 
 
 class EpochLoader:
@@ -367,7 +326,7 @@ class EpochLoader:
     def __init__(self, dataset: DetectionDataset, workers: int, shuffle: bool, pin_memory: bool) -> None:
         self.dataset = dataset
         options = dataset.options
-        self._sampler = EpochBatchSampler(len(dataset), options.batch_size, shuffle, options.seed)
+        self._sampler = EpochBatchSampler(len(dataset), options.batch_size, shuffle, options.seed, 4 if options.quad else 1)
         self._loader = DataLoader(
             _Batches(dataset),
             batch_size=None,  # the sampler's items are batches already
@@ -412,6 +371,8 @@ def make_loader(dataset: DetectionDataset, workers: int = 0, shuffle: bool = Fal
 
     At most as many workers as processors and batches; 0 loads in this process. Rectangular batches are never shuffled.
     """
+    if dataset.options.quad and len(dataset) < 4:
+        raise InputError(f"--quad makes one image of four, and there are only {len(dataset)}")
     batches = -(-len(dataset) // dataset.options.batch_size)
     workers = min(workers, os.cpu_count() or 1, batches)
     return EpochLoader(dataset, workers, shuffle and not dataset.options.rect, pin_memory)
