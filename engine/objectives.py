@@ -69,7 +69,7 @@ class DistillationObjective:
         sums = self.loss.world.total(counts)
         levels = zip(maps, wanted, attention, self.anchors, self.loss.world.share(counts, sums))
         term = sum(self._level(s, t, a, *anchors) * share for s, t, a, anchors, share in levels) * (self.options.weight / len(maps))
-        return total + term * sums[-1], torch.cat((parts, term.detach().view(1)))
+        return total + term * (sums[-1] * self.loss.samples), torch.cat((parts, term.detach().view(1)))
 
     def _level(self, student: Tensor, teacher: Tensor, attention: Tensor, anchors: Tensor, teacher_anchors: Tensor) -> Tensor:
         o, na = self.options, len(anchors)

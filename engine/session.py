@@ -122,7 +122,7 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: Wo
 def _check_world(options: TrainOptions, device: torch.device, world: World) -> None:
     if options.sync_bn and device.type != "cuda":
         raise InputError("--sync-bn: synchronised batch norms need CUDA, and this run is on the CPU; leave the flag out")
-    if world.size > options.batch_size > 0:
+    if world.size > options.batch_size // (4 if options.quad else 1) > 0:
         raise InputError(
             f"--batch-size {options.batch_size} is over all {world.size} processes, and each needs an image; give at least {world.size}"
         )
@@ -214,7 +214,9 @@ def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, network:
         seed=options.seed,
         channels=network.channels,
     )
-    training = replace(common, augment=augment, rect=options.rect, batch_size=options.batch_size, multi_scale=options.multi_scale)
+    training = replace(
+        common, augment=augment, rect=options.rect, batch_size=options.batch_size, quad=options.quad, multi_scale=options.multi_scale
+    )
     validation = replace(common, rect=True, pad=0.5, batch_size=2 * options.batch_size)
     workers = worker_count(options.workers, world)
     pin = torch.cuda.is_available()
@@ -230,7 +232,7 @@ def _assemble(
     """Build the loop and its seams."""
     train_loader, val_loader = _loaders(data, hyp, options, network, world)
     loss_options = LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)})
-    loss = DetectionLoss(network.anchors, network.strides, data.nc, data.imgsz, loss_options, world)
+    loss = DetectionLoss(network.anchors, network.strides, data.nc, data.imgsz, loss_options, world, samples=4 if options.quad else 1)
     objective = _objective(loss, options, precision, network)
     accumulate = max(round(hyp["nbs"] / options.batch_size), 1)
     decay = hyp["weight_decay"] * options.batch_size * accumulate / hyp["nbs"]

@@ -621,7 +621,7 @@ def test_disk_cache_follows_its_image(split):
 
 
 def test_ram_cache_that_does_not_fit_is_a_warning(split, monkeypatch, capsys):
-    monkeypatch.setattr("utils.dataset._available_memory", lambda: 1000)
+    monkeypatch.setattr("utils.image_cache._available_memory", lambda: 1000)
     dataset = DetectionDataset(scan_labels(split), DatasetOptions(imgsz=64, cache="ram"))
     assert "--cache ram: needs" in capsys.readouterr().out
     assert dataset[0, 0].image.shape == (3, 64, 64)

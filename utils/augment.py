@@ -141,18 +141,23 @@ def letterbox(
     return image, gain, (half_x, half_y)
 
 
-def resize_long_side(image: np.ndarray, imgsz: int, *, smooth: bool) -> np.ndarray:
+def long_side_shape(height: int, width: int, imgsz: int) -> tuple[int, int]:
+    """Return the (height, width) of an image whose long side becomes imgsz, the other in proportion, rounded up."""
+    ratio = imgsz / max(height, width)
+    # In floating point even the long side may come out above imgsz.
+    return min(math.ceil(height * ratio), imgsz), min(math.ceil(width * ratio), imgsz)
+
+
+def resize_long_side(image: np.ndarray, imgsz: int, *, smooth: bool, original: tuple[int, int] | None = None) -> np.ndarray:
     """Resize so that the long side is imgsz, the other rounded up (YOLOv5 after v7.0; v7.0 rounded down).
 
-    `smooth` averages areas when shrinking, as YOLOv5 does for evaluation.
+    `smooth` averages areas when shrinking, as YOLOv5 does for evaluation. `original` is the (height, width) that the
+    new size follows from where the image was decoded at less than its own.
     """
-    height, width = image.shape[:2]
-    ratio = imgsz / max(height, width)
-    if ratio == 1:
+    new_height, new_width = long_side_shape(*(original or image.shape[:2]), imgsz)
+    if image.shape[:2] == (new_height, new_width):
         return image
-    # In floating point even the long side may come out above imgsz.
-    new_width, new_height = (min(math.ceil(side * ratio), imgsz) for side in (width, height))
-    interpolation = cv2.INTER_AREA if smooth and ratio < 1 else cv2.INTER_LINEAR
+    interpolation = cv2.INTER_AREA if smooth and imgsz < max(image.shape[:2]) else cv2.INTER_LINEAR
     return cv2.resize(image, (new_width, new_height), interpolation=interpolation)
 
 
@@ -284,3 +289,22 @@ def jitter_hsv(image: np.ndarray, rng: np.random.Generator, options: AugmentOpti
         )
     )
     return cv2.cvtColor(jittered, cv2.COLOR_HSV2BGR, dst=jittered)
+
+
+def quad(images: Sequence[np.ndarray], labels: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Make one image of twice the size out of four: with probability 1/2 the first, enlarged, else all as a 2 x 2 tiling.
+
+    images: planes (3, H, W), in the order upper left, lower left, upper right, lower right.  labels: float32 (n, 6),
+    [0, class, cx, cy, w, h], normalised. Returns planes (3, 2H, 2W) and their labels.
+    """
+    if rng.random() < 0.5:
+        height, width = images[0].shape[1:]
+        return np.stack([cv2.resize(plane, (2 * width, 2 * height)) for plane in images[0]]), labels[0]
+    left, right = (np.concatenate(images[i : i + 2], axis=1) for i in (0, 2))
+    tiles = []
+    for rows, corner in zip(labels, ((0, 0), (0, 1), (1, 0), (1, 1))):
+        tile = rows.copy()
+        tile[:, 2:4] += np.array(corner, np.float32)
+        tile[:, 2:] /= 2
+        tiles.append(tile)
+    return np.concatenate((left, right), axis=2), np.concatenate(tiles)

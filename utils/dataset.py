@@ -6,21 +6,16 @@ of (seed, epoch, index) alone, so batches are equal bit by bit whatever the numb
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from utils.augment import (
     AugmentOptions,
@@ -28,20 +23,20 @@ from utils.augment import (
     flip_up_down,
     jitter_hsv,
     letterbox,
+    long_side_shape,
     mixup,
     mosaic4,
+    quad,
     random_perspective,
     resize_long_side,
     to_centres,
     to_corners,
 )
 from utils.errors import InputError
+from utils.image_cache import RamImages, fill_disk, fits_in_memory, load_decoded
 from utils.labels import LabelSet, load_image
-from utils.log import LOGGER
 from utils.planes import to_planes
 from utils.world import SOLO, World
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 # ((height, width) of the image as displayed, (gain, pad_x, pad_y)): x_input = x_image * gain + pad_x, likewise y.
 ShapeInfo = tuple[tuple[int, int], tuple[float, float, float]]
@@ -55,7 +50,11 @@ class DatasetOptions:
     padded as little as `stride` allows plus `pad` strides, in a fixed order and without mosaic; otherwise squares.
     cache: None, "ram" (resized images) or "disk" (decoded images as `.npy` beside them).  single_cls: all classes
     become 0.  multi_scale: every batch at another size, 0.5 to 1.5 times imgsz.  channels: of the network's input, 3 (RGB)
-    or 1 (grey; augmented in colour, then converted).
+    or 1 (grey; augmented in colour, then converted).  quad: four samples become one of twice the size, so a batch is a
+    quarter of `batch_size` images.
+
+    With `augment`, JPEGs at least twice as long as imgsz are decoded at a half, a quarter or an eighth of their size;
+    the disk cache and evaluation hold to the whole image.
     """
 
     imgsz: int = 640
@@ -69,12 +68,15 @@ class DatasetOptions:
     seed: int = 0
     multi_scale: bool = False
     channels: int = 3
+    quad: bool = False
 
     def __post_init__(self) -> None:
         if self.cache not in (None, "ram", "disk"):
             raise InputError(f"--cache {self.cache}: expected ram or disk")
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: must be at least 1")
+        if self.quad and self.batch_size % 4:
+            raise InputError(f"--batch-size {self.batch_size}: --quad makes one image of four, so it must be a multiple of 4")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: must not be negative")
 
@@ -134,11 +136,11 @@ class DetectionDataset(Dataset):
             # published figures were measured with this one.
             self._order = np.argsort(aspects, kind="quicksort")
             self._shapes = rect_shapes(aspects[self._order], options)
-        self._ram: list[tuple[np.ndarray, tuple[int, int]]] = []
+        self._ram: RamImages | None = None
         if options.cache == "ram":
             self._fill_ram()
         elif options.cache == "disk":
-            _fill_disk(labels)
+            fill_disk(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -207,23 +209,24 @@ class DetectionDataset(Dataset):
 
     def _sized(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Return an image with its long side at imgsz, not to be written to, and its original (height, width)."""
-        return self._ram[index] if self._ram else self._load_sized(index)
+        width, height = self.labels.sizes[index].tolist()
+        return self._load_sized(index) if self._ram is None else self._ram[index], (height, width)
 
-    def _load_sized(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        path = self.labels.images[index]
-        image = _load_decoded(path) if self.options.cache == "disk" else load_image(path)
-        return resize_long_side(image, self.options.imgsz, smooth=self.options.augment is None), image.shape[:2]
+    def _load_sized(self, index: int) -> np.ndarray:
+        path, imgsz, training = self.labels.images[index], self.options.imgsz, self.options.augment is not None
+        width, height = self.labels.sizes[index].tolist()
+        if self.options.cache == "disk":
+            image = load_decoded(path)
+        else:
+            image = load_image(path, _reduction(max(width, height), imgsz) if training else 1)
+        return resize_long_side(image, imgsz, smooth=not training, original=(height, width))
 
     def _fill_ram(self) -> None:
         """Keep every resized image in memory, if there is enough of it."""
-        scale = self.options.imgsz / self.labels.sizes.max(axis=1)
-        needed = int(3 * (self.labels.sizes.prod(axis=1) * scale**2).sum())
-        available = _available_memory()
-        if available is not None and needed > 0.8 * available:
-            sizes = f"{needed / 1e9:.1f} GB of {available / 1e9:.1f} GB available"
-            LOGGER.warning(f"--cache ram: needs {sizes}; images are read as needed")
-            return
-        self._ram = _in_threads(self._load_sized, range(len(self)), f"caching images ({needed / 1e9:.1f} GB)")
+        shapes = np.array([long_side_shape(height, width, self.options.imgsz) for width, height in self.labels.sizes.tolist()])
+        if fits_in_memory(int(3 * shapes.prod(axis=1).sum())):
+            self._ram = RamImages(shapes)
+            self._ram.fill(self._load_sized)
 
 
 def rect_shapes(aspects: np.ndarray, options: DatasetOptions) -> np.ndarray:
@@ -241,76 +244,15 @@ def rect_shapes(aspects: np.ndarray, options: DatasetOptions) -> np.ndarray:
     return strides.astype(np.int64) * options.stride
 
 
+def _reduction(long_side: int, imgsz: int) -> int:
+    """Return the largest scale 1/n at which a JPEG can be decoded without its long side falling below imgsz."""
+    return next((n for n in (8, 4, 2) if long_side // n >= imgsz), 1)
+
+
 def _without_classes(rows: np.ndarray) -> np.ndarray:
     single = rows.copy()
     single[:, 0] = 0
     return single
-
-
-# Image cache ----------------------------------------------------------------------------------------------------------
-
-
-def _in_threads(work: Callable[[Item], Result], items: Sequence[Item], description: str) -> list[Result]:
-    """Map in a few threads with a progress bar; decoding and resizing release the interpreter lock."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(tqdm(pool.map(work, items), total=len(items), desc=description, disable=None, leave=False))
-
-
-def _available_memory() -> int | None:
-    """Return the bytes of memory that can be taken without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
-def _fill_disk(labels: LabelSet) -> None:
-    """Write each decoded image as `.npy` beside it, unless a newer one is there."""
-    needed = int(3 * labels.sizes.prod(axis=1).sum())
-    free = shutil.disk_usage(labels.images[0].parent).free
-    if needed > 0.9 * free:
-        sizes = f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
-        LOGGER.warning(f"--cache disk: needs {sizes}; images are decoded as needed")
-        return
-    failures = [error for error in _in_threads(_write_decoded, labels.images, "caching images on disk") if error]
-    if failures:
-        LOGGER.warning(f"--cache disk: {len(failures)} images not cached, e.g. {failures[0]}; decoded as needed")
-
-
-def _npy_path(image: Path) -> Path:
-    return image.with_name(f"{image.name}.npy")
-
-
-def _is_current(cached: Path, image: Path) -> bool:
-    return cached.is_file() and cached.stat().st_mtime_ns >= image.stat().st_mtime_ns
-
-
-def _write_decoded(image: Path) -> str:
-    """Write an image's `.npy` whole or not at all; return what went wrong, or an empty string."""
-    cached = _npy_path(image)
-    temporary = cached.with_name(f".{cached.name}.{os.getpid()}")
-    try:
-        if not _is_current(cached, image):
-            with open(temporary, "wb") as file:
-                np.save(file, load_image(image), allow_pickle=False)
-            os.replace(temporary, cached)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        return f"{cached}: {error.strerror}"
-    return ""
-
-
-def _load_decoded(image: Path) -> np.ndarray:
-    """Read an image from its `.npy`, or the image itself where that is missing, older or damaged."""
-    cached = _npy_path(image)
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        if _is_current(cached, image):
-            content = np.load(cached, allow_pickle=False)
-            if content.dtype == np.uint8 and content.ndim == 3 and content.shape[2] == 3:
-                return content
-    return load_image(image)
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
@@ -352,7 +294,8 @@ def rescaled(batch: Batch, size: int, step: int = 32) -> Batch:
 
 @dataclass(frozen=True)
 class BatchKeys:
-    """What makes a batch: its number in the epoch, (epoch, position) of its images here, and how many it has over all processes."""
+    """What makes a batch: its number in the epoch, (epoch, position) of its samples here, and how many groups of samples (images
+    of the finished batch) it has over all processes."""
 
     number: int
     keys: tuple[tuple[int, int], ...]
@@ -360,21 +303,25 @@ class BatchKeys:
 
 
 class EpochBatchSampler(Sampler[BatchKeys]):
-    """Yields an epoch's batches; the last one may be short. Set `epoch`, and `drawn` if need be, before each iteration.
+    """Yields an epoch's batches. Set `epoch`, and `drawn` if need be, before each iteration.
 
-    `drawn`: positions to use in the place of each one once. Of several processes each gets a slice of every batch, in order of rank. Where a
-    batch has fewer images than there are processes, all of them train on the whole of it, for each has to have some; in evaluation
-    those without a slice get no batch.
+    The last batch may be short; samples beyond a whole number of `group` are left out, other ones in each shuffled epoch. `drawn`:
+    positions to use in the place of each one once. Of several processes each gets a slice of every batch, in order of rank. Where a
+    batch has fewer groups than there are processes, all of them train on the whole of it, for each has to have some; in
+    evaluation those without a slice get no batch.
     """
 
-    def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int, world: World = SOLO, training: bool = False) -> None:
+    def __init__(
+        self, count: int, batch_size: int, shuffle: bool, seed: int, group: int = 1, world: World = SOLO, training: bool = False
+    ) -> None:
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.group, self.used = group, count - count % group
         self.world, self.training = world, training
         self.epoch = 0
         self.drawn: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+        return -(-self.used // self.batch_size)
 
     def __iter__(self) -> Iterator[BatchKeys]:
         return self._batches(self.epoch)  # bound now: a generator of its own would read it at the first batch only
@@ -383,16 +330,16 @@ class EpochBatchSampler(Sampler[BatchKeys]):
         positions = np.arange(self.count) if self.drawn is None else self.drawn
         if self.shuffle:
             positions = positions[np.random.default_rng([self.seed, epoch]).permutation(self.count)]
-        for number, start in enumerate(range(0, self.count, self.batch_size)):
-            whole = positions[start : start + self.batch_size]
-            part = self._slice(whole)
+        for number, start in enumerate(range(0, self.used, self.batch_size)):
+            groups = positions[start : min(start + self.batch_size, self.used)].reshape(-1, self.group)
+            part = self._slice(groups)
             if len(part):
-                yield BatchKeys(number, tuple((epoch, int(position)) for position in part), len(whole))
+                yield BatchKeys(number, tuple((epoch, int(position)) for position in part.flat), len(groups))
 
-    def _slice(self, whole: np.ndarray) -> np.ndarray:
-        if self.training and len(whole) < self.world.size:
-            return whole
-        return np.array_split(whole, self.world.size)[self.world.rank]
+    def _slice(self, groups: np.ndarray) -> np.ndarray:
+        if self.training and len(groups) < self.world.size:
+            return groups
+        return np.array_split(groups, self.world.size)[self.world.rank]
 
 
 class _Batches(Dataset):
@@ -407,12 +354,23 @@ class _Batches(Dataset):
     def __getitem__(self, wanted: BatchKeys) -> Batch | InputError:
         options = self.dataset.options
         try:
-            batch = collate([self.dataset[key] for key in wanted.keys])
+            samples = [self.dataset[key] for key in wanted.keys]
+            batch = collate(self._quads(samples, wanted.keys[0][0]) if options.quad else samples)
             if options.multi_scale:
                 batch = rescaled(batch, drawn_size(options, wanted.keys[0][0], wanted.number), max(options.stride, 32))
             return replace(batch, number=wanted.number, total=wanted.total)
         except InputError as error:
             return error
+
+    def _quads(self, samples: Sequence[Sample], epoch: int) -> list[Sample]:
+        """Make one sample of every four; it keeps the first one's index, shape and path."""
+        merged = []
+        for first, *others in zip(*[iter(samples)] * 4, strict=True):
+            rng = np.random.default_rng([self.dataset.options.seed, epoch, first.index, 4])  # 4: not the samples' own stream
+            four = (first, *others)
+            image, labels = quad([sample.image.numpy() for sample in four], [sample.labels.numpy() for sample in four], rng)
+            merged.append(replace(first, image=torch.from_numpy(image), labels=torch.from_numpy(labels)))
+        return merged
 
 
 class EpochLoader:
@@ -421,8 +379,8 @@ class EpochLoader:
     def __init__(self, dataset: DetectionDataset, workers: int, shuffle: bool, pin_memory: bool, world: World = SOLO) -> None:
         self.dataset = dataset
         options = dataset.options
-        training = options.augment is not None
-        self._sampler = EpochBatchSampler(len(dataset), options.batch_size, shuffle, options.seed, world, training)
+        group, training = 4 if options.quad else 1, options.augment is not None
+        self._sampler = EpochBatchSampler(len(dataset), options.batch_size, shuffle, options.seed, group, world, training)
         self._loader = DataLoader(
             _Batches(dataset),
             batch_size=None,  # the sampler's items are batches already
@@ -475,6 +433,8 @@ def make_loader(
 
     At most as many workers as processors and batches; 0 loads in this process. Rectangular batches are never shuffled.
     """
+    if dataset.options.quad and len(dataset) < 4:
+        raise InputError(f"--quad makes one image of four, and there are only {len(dataset)}")
     batches = -(-len(dataset) // dataset.options.batch_size)
     workers = min(workers, os.cpu_count() or 1, batches)
     return EpochLoader(dataset, workers, shuffle and not dataset.options.rect, pin_memory, world)

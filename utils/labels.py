@@ -31,6 +31,7 @@ MAX_PIXELS = 178_956_970  # Pillow's guard against decompression bombs, at which
 _CACHE_VERSION = 2
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PROBE = bytes(range(1, 255))  # stands in for the missing rest of a JPEG
+_COLOUR = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +75,15 @@ class _Inspected:
 # Images ---------------------------------------------------------------------------------------------------------------
 
 
-def load_image(path: str | Path) -> np.ndarray:
+def load_image(path: str | Path, reduction: int = 1) -> np.ndarray:
     """Read an image as uint8 (height, width, 3) in BGR, turned upright by its EXIF orientation.
 
     Gray, palette, CMYK and 16-bit images are converted; an alpha channel is dropped. A JPEG without its end marker is
-    read as far as it goes. Raises InputError for a file that is gone or no image.
+    read as far as it goes. `reduction` (1, 2, 4, 8) decodes a JPEG straight to that share of its sides, rounded up;
+    other formats come whole. Raises InputError for a file that is gone or no image.
     """
     try:
-        image, _ = _decode(path, cv2.IMREAD_COLOR)
+        image, _ = _decode(path, _COLOUR[reduction])
     except (OSError, ValueError) as error:
         hint = "; was it moved or deleted?" if isinstance(error, FileNotFoundError) else ""
         raise InputError(f"image {_shown(path)}: {_reason(error)}{hint}") from None
@@ -95,8 +97,11 @@ def _decode(path: str | Path, flags: int) -> tuple[np.ndarray | None, bool]:
     """Decode a file; return the image (None if it is none) and whether its JPEG end marker had to be supplied."""
     _check_path(path)
     content = np.fromfile(path, dtype=np.uint8)  # unlike cv2.imread, takes any path on any system
+    is_jpeg = content[:2].tobytes() == _JPEG_START
+    if flags in _COLOUR.values() and not is_jpeg:
+        flags = cv2.IMREAD_COLOR  # OpenCV would decode it whole and shrink it afterwards
     image = _decode_bytes(content, flags)
-    if image is None and content[:2].tobytes() == _JPEG_START:
+    if image is None and is_jpeg:
         return _decode_bytes(np.append(content, np.frombuffer(_JPEG_END, np.uint8)), flags), True
     return image, False
 

@@ -71,19 +71,43 @@ def assign(targets: Tensor, anchors: Tensor, rows: int, columns: int, anchor_t: 
     return Matches(targets[t[n], 0].long(), a[n], row, column, targets[t[n], 1].long(), box)
 
 
+class _Pick(torch.autograd.Function):
+    """The two parts of a head map that the loss reads: matched cells (n, no), and every cell's objectness (B, na, ny, nx).
+
+    Plain indexing would build a map of zeros for the gradient of each part and add the two; here one map takes both.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, raw: Tensor, na: int, *index: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*index)
+        ctx.like, ctx.na = torch.empty_like(raw, device="meta"), na
+        p = split_anchors(raw, na)
+        return p[index], p[..., 4]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, cells: Tensor, objectness: Tensor) -> tuple[Tensor | None, ...]:
+        raw = torch.zeros_like(ctx.like, device=cells.device)
+        p = split_anchors(raw, ctx.na)
+        p.index_put_(ctx.saved_tensors, cells, accumulate=True)
+        p[..., 4] += objectness
+        return raw, None, *(None for _ in ctx.saved_tensors)
+
+
 class DetectionLoss:
     """Box (CIoU), objectness and class loss of raw head maps against targets.
 
     `anchors` (levels, na, 2) in pixels; `nc` classes; `imgsz` the training size in pixels, which scales the objectness gain. With
     several processes in `world`, every mean is one over the whole batch: averaged over the processes, loss, parts and gradients are
-    those of one process that has all of it.
+    those of one process that has all of it. `samples`: of which an image is made (`--quad`: 4); the batch size counts them.
     """
 
     def __init__(
-        self, anchors: Tensor, strides: Sequence[int], nc: int, imgsz: int, options: LossOptions = LossOptions(), world: World = SOLO
-    ) -> None:
+        self, anchors: Tensor, strides: Sequence[int], nc: int, imgsz: int, options: LossOptions = LossOptions(), world: World = SOLO,
+        samples: int = 1,
+    ) -> None:  # fmt: skip
         levels = len(strides)
-        self.world = world
+        self.world, self.samples = world, samples
         self.anchors = [a / s for a, s in zip(anchors, strides)]
         self.nc, self.options = nc, options
         self.balance = _BALANCE.get(levels, _BALANCE_OTHER[:levels])
@@ -110,23 +134,24 @@ class DetectionLoss:
         *shares, image_share = self.world.share(counts, total)
         parts = torch.zeros(3, device=targets.device)
         for raw, a, m, balance, share in zip(maps, anchors, matches, self.balance, shares):
-            level = self._level(split_anchors(raw, len(a)), a, m, balance)
-            parts = parts + level * torch.stack((share, image_share, share))
+            parts = parts + self._level(raw, a, m, balance) * torch.stack((share, image_share, share))
         parts = parts * parts.new_tensor([self.box_gain, self.obj_gain, self.cls_gain])
-        return parts.sum() * total[-1], parts.detach()
+        return parts.sum() * (total[-1] * self.samples), parts.detach()
 
-    def _level(self, p: Tensor, anchors: Tensor, m: Matches, balance: float) -> Tensor:
-        wanted = torch.zeros(p.shape[:4], device=p.device)
-        box = cls = torch.zeros((), device=p.device)
+    def _level(self, raw: Tensor, anchors: Tensor, m: Matches, balance: float) -> Tensor:
+        index = m.image, m.anchor, m.row, m.column
+        picked, objectness = _Pick.apply(raw, len(anchors), *index)
+        wanted = torch.zeros(objectness.shape, device=raw.device)
+        box = cls = torch.zeros((), device=raw.device)
         if len(m.image):
-            picked = p[m.image, m.anchor, m.row, m.column].float()
+            picked = picked.float()
             xy, wh = decode_boxes(picked[:, :4], anchors[m.anchor])
             iou = ciou(torch.cat((xy, wh), 1), m.box)
             box = (1 - iou).mean()
-            wanted[m.image, m.anchor, m.row, m.column] = iou.detach().clamp(min=0)
+            wanted[index] = iou.detach().clamp(min=0)
             if self.nc > 1:
                 cls = self._class_loss(picked[:, 5:], m.cls)
-        obj = self._bce(p[..., 4].float(), wanted, self.options.obj_pw) * balance
+        obj = self._bce(objectness.float(), wanted, self.options.obj_pw) * balance
         return torch.stack((box, obj, cls))
 
     def _class_loss(self, logits: Tensor, cls: Tensor) -> Tensor:

