@@ -547,7 +547,7 @@ def test_sampler_keeps_order_without_shuffle_and_binds_its_epoch():
 @pytest.mark.parametrize("training", [True, False])
 def test_the_slices_of_several_processes_make_up_the_batches_of_one(training):
     whole = list(EpochBatchSampler(10, 4, shuffle=True, seed=3))
-    parts = [list(EpochBatchSampler(10, 4, True, 3, World(rank, 3), training)) for rank in range(3)]
+    parts = [list(EpochBatchSampler(10, 4, True, 3, 1, World(rank, 3), training)) for rank in range(3)]
     for batch in whole:
         slices = [next((p.keys for p in part if p.number == batch.number), ()) for part in parts]
         if training and batch.total < 3:
@@ -556,6 +556,14 @@ def test_the_slices_of_several_processes_make_up_the_batches_of_one(training):
             assert sum(slices, ()) == batch.keys
     assert whole[-1].total == 2 and all(len(part) == len(whole) for part in parts if training)
     assert [len(part) for part in parts] == ([3, 3, 3] if training else [3, 3, 2])
+
+
+def test_slices_keep_the_groups_that_become_one_image_together():
+    whole = list(EpochBatchSampler(27, 16, shuffle=True, seed=3, group=4))
+    assert [(len(b.keys), b.total) for b in whole] == [(16, 4), (8, 2)], "the three that make no group are left out"
+    parts = [list(EpochBatchSampler(27, 16, True, 3, 4, World(rank, 2), True)) for rank in range(2)]
+    assert [[len(b.keys) for b in part] for part in parts] == [[8, 4], [8, 4]]
+    assert parts[0][0].keys + parts[1][0].keys == whole[0].keys
 
 
 def test_drawn_positions_take_the_place_of_each_one_once():
