@@ -254,15 +254,15 @@ def test_five_kills_at_random_moments(place: Place, whole: Path) -> None:
         words = ["--resume", str(folder)] if (folder / "weights/last.pt").exists() else flags
         starts += 1
         done = run([script, *words, "--workers", str(2 * (starts % 2))], moments.uniform(0.2, 1.0) * took if kills < 5 else 300)
-        if done.returncode == 0:
+        last, killed = folder / "weights/last.pt", done.returncode == -signal.SIGKILL
+        assert killed or done.returncode == 0, done.stderr
+        kills += killed
+        assert_sound(folder)
+        if not killed or (last.exists() and load_model(last).training is None):  # a kill may come when all is written
             assert_equal(whole, folder)
             if kills == 5:
                 break
             runs += 1
-        else:
-            assert done.returncode == -signal.SIGKILL, done.stderr
-            assert_sound(folder)
-            kills += 1
 
 
 @pytest.mark.slow
@@ -287,10 +287,10 @@ def test_a_killed_distillation_resumes(place: Place, whole: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_stopped_early_and_was_killed_trains_no_further(place: Place) -> None:
-    options = place.options("patient", patience=1, epochs=6)
+    options = place.options("patient", patience=1, epochs=8)
     reference = train(replace(options, name="patient_whole"))
     rows = len((reference / "results.csv").read_text().splitlines()) - 1
-    assert rows < 6, "it must stop early"
+    assert rows < 8, "it must stop early"
     assert_equal(reference, killed_and_resumed(place, options, "engine.session plot_evaluation 1 kill"))
 
 
@@ -342,7 +342,7 @@ def test_data_that_vanish_in_an_epoch_are_named(place: Place, whole: Path, split
         shutil.move(f"{images}.gone", images)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert re.search(rf"^error: image {images}/\d+\.png: No such file or directory; was it moved or deleted\?$", done.stderr, re.M)
-    assert f"2 of {EPOCHS} epochs are kept" in done.stdout
+    assert re.search(rf"[23] of {EPOCHS} epochs are kept", done.stdout), "workers may have read the rest of the epoch before"
     assert_equal(whole, resume(place.root / options.name))
 
 
