@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 from engine.loop import Diverged
 from engine.observers import Checkpoints
@@ -60,27 +61,33 @@ def nothing_lost(checkpoints: Checkpoints, options: TrainOptions) -> Iterator[No
             yield
     except Diverged:
         raise
-    except KeyboardInterrupt:
-        LOGGER.info(f"\ninterrupted; {_kept(checkpoints, options)}")
+    except (KeyboardInterrupt, InputError):
+        _say_what_is_kept(checkpoints, options)
         raise
-    except InputError:
-        LOGGER.info(f"\nstopped; {_kept(checkpoints, options)}")
-        raise
-    except OSError as error:
-        LOGGER.info(f"\nstopped; {_kept(checkpoints, options)}")
-        raise InputError(f"{error.filename or checkpoints.folder.parent}: {error.strerror or error}") from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (OSError, EOFError, RuntimeError) as error:
+        if (explained := _explained(error, checkpoints.folder.parent)) is None:
             raise
-        LOGGER.info(f"\nstopped; {_kept(checkpoints, options)}")
-        raise InputError(f"{str(error).splitlines()[0]} Most often memory ran out: use fewer --workers, or no --cache ram") from None
+        # torch reports a loader process that dies by raising wherever the main one is: here that would be in the middle of this.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _say_what_is_kept(checkpoints, options)
+        raise InputError(explained) from None
 
 
-def _kept(checkpoints: Checkpoints, options: TrainOptions) -> str:
-    if not checkpoints.saved:
-        return f"no epoch was saved. Start again with: {options.command()}"
-    again = shlex.join(["python", options.script, "--resume", str(checkpoints.last)])
-    return f"{checkpoints.saved} of {options.epochs} epochs are kept. Continue with: {again}"
+def _explained(error: Exception, folder: Path) -> str | None:
+    """One line for an error of the disk or of a loader process; None for an error of the program."""
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
+        return "a loader process was killed, most often because memory ran out: use fewer --workers, or no --cache ram"
+    return f"{error.filename or folder}: {error.strerror or error}" if isinstance(error, OSError) else None
+
+
+def _say_what_is_kept(checkpoints: Checkpoints, options: TrainOptions) -> None:
+    for bar in list(getattr(tqdm, "_instances", ())):  # a line of its own for what follows
+        bar.close()
+    if checkpoints.saved:
+        again = shlex.join(["python", options.script, "--resume", str(checkpoints.last)])
+        LOGGER.info(f"stopped; {checkpoints.saved} of {options.epochs} epochs are kept. Continue with: {again}")
+    else:
+        LOGGER.info(f"stopped; no epoch was saved. Start again with: {options.command()}")
 
 
 @contextmanager

@@ -44,8 +44,8 @@ class Conv(nn.Module):
 
 
 class DWConv(Conv):
-    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
-        super().__init__(c1, c2, k, s, g=math.gcd(c1, c2))
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, act: bool = True) -> None:
+        super().__init__(c1, c2, k, s, g=math.gcd(c1, c2), act=act)
 
 
 class Bottleneck(nn.Module):
@@ -116,13 +116,29 @@ class Focus(nn.Module):
 
 
 class GhostConv(nn.Module):
-    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, act: bool = True) -> None:
         super().__init__()
-        self.cv1, self.cv2 = Conv(c1, c2 // 2, k, s), Conv(c2 // 2, c2 // 2, 5, g=c2 // 2)
+        self.cv1, self.cv2 = Conv(c1, c2 // 2, k, s, act=act), Conv(c2 // 2, c2 // 2, 5, g=c2 // 2, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv1(x)
         return torch.cat((y, self.cv2(y)), 1)
+
+
+class GhostBottleneck(nn.Module):
+    def __init__(self, c1: int, c2: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(GhostConv(c1, c2 // 2), nn.Identity(), GhostConv(c2 // 2, c2, act=False))
+        self.shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.shortcut(x)
+
+
+class C3Ghost(C3):
+    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True) -> None:
+        super().__init__(c1, c2, n, shortcut)
+        self.m = nn.Sequential(*(GhostBottleneck(c2 // 2, c2 // 2) for _ in range(n)))
 
 
 class C3TR(C3):
@@ -154,8 +170,8 @@ class Detect(nn.Module):
 
 
 SCALED = {"Conv": Conv, "DWConv": DWConv, "Bottleneck": Bottleneck, "C3": C3, "BottleneckCSP": BottleneckCSP, "SPP": SPP, "SPPF": SPPF,
-          "Focus": Focus, "GhostConv": GhostConv, "C3TR": C3TR}  # fmt: skip
-INNER = ("C3", "BottleneckCSP", "C3TR")
+          "Focus": Focus, "GhostConv": GhostConv, "C3Ghost": C3Ghost, "C3TR": C3TR}  # fmt: skip
+INNER = ("C3", "BottleneckCSP", "C3Ghost", "C3TR")
 
 
 class Model(nn.Module):
@@ -178,6 +194,8 @@ class Model(nn.Module):
                 layer = made[0] if times == 1 else nn.Sequential(*made)
             elif kind == "nn.Upsample":
                 layer = nn.Upsample(None, args[1], args[2])
+            elif kind in ("nn.MaxPool2d", "nn.ZeroPad2d"):
+                layer = getattr(nn, kind[3:])(*args)
             elif kind == "Concat":
                 layer, c2 = Concat(*args), sum(sources)
             else:
@@ -210,7 +228,7 @@ class SegmentationModel(Model):
 
 HOMES = {
     "models.yolo": (Detect, Model, DetectionModel, SegmentationModel),
-    "models.common": (Conv, DWConv, Bottleneck, C3, BottleneckCSP, SPP, SPPF, Focus, GhostConv, C3TR, Concat),
+    "models.common": (Conv, DWConv, Bottleneck, C3, BottleneckCSP, SPP, SPPF, Focus, GhostConv, GhostBottleneck, C3Ghost, C3TR, Concat),
 }
 
 
@@ -277,6 +295,21 @@ def yaml_v5(csp: str = "C3") -> dict[str, Any]:
     }  # fmt: skip
 
 
+def yaml_v3_tiny() -> dict[str, Any]:
+    """YOLOv3-tiny, an eighth as wide: two levels, pools, and a padding that only one of them needs."""
+    pool = [-1, 1, "nn.MaxPool2d", [2, 2, 0]]
+    backbone = [row for c in (16, 32, 64, 128, 256) for row in ([-1, 1, "Conv", [c, 3, 1]], pool)]
+    return {
+        "nc": 80, "depth_multiple": 1.0, "width_multiple": 0.125, "anchors": P5[:2], "ch": 3,
+        "backbone": [*backbone, [-1, 1, "Conv", [512, 3, 1]], [-1, 1, "nn.ZeroPad2d", [[0, 1, 0, 1]]], [-1, 1, "nn.MaxPool2d", [2, 1, 0]]],
+        "head": [
+            [-1, 1, "Conv", [1024, 3, 1]], [-1, 1, "Conv", [256, 1, 1]], [-1, 1, "Conv", [512, 3, 1]], [-2, 1, "Conv", [128, 1, 1]],
+            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]], [[-1, 8], 1, "Concat", [1]], [-1, 1, "Conv", [256, 3, 1]],
+            [[19, 15], 1, "Detect", ["nc", "anchors"]],
+        ],
+    }  # fmt: skip
+
+
 def _head(csp: str, conv: str) -> list[list[Any]]:
     up = [-1, 1, "nn.Upsample", ["None", 2, "nearest"]]
     return [
@@ -300,6 +333,7 @@ class Era:
     names_dict: bool = False
     inplace: bool = True
     found: bool = False  # autoanchor replaced the yaml's anchors
+    stride: tuple[float, ...] = (8.0, 16.0, 32.0)
     fitness: Callable[[], object] = lambda: np.array([0.25])
     keeps_fitness: bool = True
     keys: dict[str, object] = field(default_factory=dict)
@@ -327,14 +361,19 @@ ERAS = {
     "v7.0 LeakyReLU": Era(yaml_v6("BottleneckCSP", "DWConv") | {"activation": "nn.LeakyReLU(0.1)"}, DetectionModel, names_dict=True,
                           act=lambda: nn.LeakyReLU(0.1), keeps_fitness=False, keys=AVERAGED),
 }  # fmt: skip
+# Other architectures, as v7.0 pickles them.
+HUB = {
+    "s-ghost": Era(yaml_v6("C3Ghost", "GhostConv"), DetectionModel, names_dict=True, keys=AVERAGED),
+    "v3-tiny": Era(yaml_v3_tiny(), DetectionModel, names_dict=True, stride=(16.0, 32.0), keys=AVERAGED),
+}
 
 
 def make_model(era: Era, nc: int = 3, seed: int = 0) -> Model:
     """A model whose logits depend on all of its channels and which finds something in any picture; in the era's precision."""
     torch.manual_seed(seed)
     spec = era.spec | {"nc": nc}
-    anchors = FOUND if era.found else torch.tensor(P5, dtype=torch.float32).view(3, 3, 2)
-    model = era.kind(spec, anchors, torch.tensor([8.0, 16.0, 32.0]))
+    anchors = FOUND if era.found else torch.tensor(P5[: len(era.stride)], dtype=torch.float32).unflatten(1, (3, 2))
+    model = era.kind(spec, anchors, torch.tensor(era.stride))
     for module in model.modules():
         if isinstance(module, (Conv, BottleneckCSP)) and not isinstance(module.act, nn.Identity):
             module.act = era.act() if isinstance(module, Conv) else era.csp_act()
@@ -363,9 +402,9 @@ def _attributes(model: Model, era: Era, anchors: Tensor, nc: int) -> None:
     if era.inplace:
         model.inplace = model.head.inplace = True
     if era.grid_buffer:
-        model.head.register_buffer("anchor_grid", anchors.view(3, 1, 3, 1, 1, 2).clone())
+        model.head.register_buffer("anchor_grid", anchors.view(len(anchors), 1, 3, 1, 1, 2).clone())
     else:
-        model.head.anchor_grid = [torch.empty(0) for _ in range(3)]
+        model.head.anchor_grid = [torch.empty(0) for _ in anchors]
 
 
 def stripped(model: nn.Module, era: Era | None = None) -> dict[str, object]:

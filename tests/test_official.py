@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from models.checkpoint import load_model, transfer
+from models.modules import MODULES
 from models.network import Network, fuse
 from models.official import is_plain_zip, looks_official, read_official
 from tests import official_files
@@ -23,6 +24,7 @@ from tests.official_files import (
     C3TR,
     ERAS,
     FOUND,
+    HUB,
     NC,
     STRIDES,
     TINY,
@@ -255,6 +257,18 @@ def test_every_release_gives_its_own_logits(era: str, tmp_path: Path) -> None:
             assert (loaded.names, len(loaded.blocks) > 60) == (("shape0", "shape1", "shape2"), True)
             norms = [(b.bn_eps, b.bn_momentum) for b in loaded.blocks if b.has_gamma]
             assert set(norms) == {(1e-3, 0.03)} and len(norms) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_other_architectures_give_their_own_logits(name: str, tmp_path: Path) -> None:
+    model = make_model(HUB[name])
+    path = save(stripped(model, HUB[name]), tmp_path / "best.pt")
+    assert_same_state(read_official(path), model)
+    if not {"C3Ghost", "ZeroPad2d"} <= MODULES.keys():
+        pytest.skip("this version builds neither")
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(load_model(path).network()(images), model.float().eval()(images)))
 
 
 def test_the_activations_of_the_eras() -> None:

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoint import load_model
+from engine import prune_run
+from models.checkpoint import load_model, save_model
 from tests import official_files
 from tests.helpers import ROOT, write_dataset
 from tests.official_files import ERAS, bare_pickle, make_model, save, stripped, unstripped
+from utils import plots
+from utils.data_config import read_data
 from utils.errors import run_script
 
 COCO, WEIGHTS = os.environ.get("COCO128_DIR"), os.environ.get("YOLOV5N_PT")
@@ -26,6 +29,14 @@ COCO, WEIGHTS = os.environ.get("COCO128_DIR"), os.environ.get("YOLOV5N_PT")
 def call(script: str, *args: object) -> None:
     """Run a script's `main` in this process."""
     import_module(script).main([str(a) for a in args])
+
+
+@pytest.fixture(autouse=True)
+def neither_pictures_nor_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of a script's time at this size, and are tested elsewhere."""
+    for name in (name for name in dir(plots) if name.startswith("plot_")):
+        monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(prune_run, "latency_ms", lambda networks, *args: dict.fromkeys(networks, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +94,6 @@ def prune_in_each_way(weights: Path, data: Path, out: Path, imgsz: int, measured
 
 
 def data_names(data: Path) -> tuple[str, ...]:
-    from utils.data_config import read_data
-
     return tuple(read_data(str(data)).names)
 
 
@@ -98,8 +107,6 @@ def test_one_file_through_every_script(data: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("era", ERAS)
 def test_every_release_is_evaluated(era: str, data: Path, tmp_path: Path) -> None:
     """By the figures of the same tensors in a checkpoint of ours."""
-    from models.checkpoint import save_model
-
     path = save(stripped(make_model(ERAS[era]), ERAS[era]), tmp_path / "a.pt")
     save_model(tmp_path / "ours.pt", load_model(path))
     figures = []

@@ -254,15 +254,15 @@ def test_five_kills_at_random_moments(place: Place, whole: Path) -> None:
         words = ["--resume", str(folder)] if (folder / "weights/last.pt").exists() else flags
         starts += 1
         done = run([script, *words, "--workers", str(2 * (starts % 2))], moments.uniform(0.2, 1.0) * took if kills < 5 else 300)
-        if done.returncode == 0:
+        last, killed = folder / "weights/last.pt", done.returncode == -signal.SIGKILL
+        assert killed or done.returncode == 0, done.stderr
+        kills += killed
+        assert_sound(folder)
+        if not killed or (last.exists() and load_model(last).training is None):  # a kill may come when all is written
             assert_equal(whole, folder)
             if kills == 5:
                 break
             runs += 1
-        else:
-            assert done.returncode == -signal.SIGKILL, done.stderr
-            assert_sound(folder)
-            kills += 1
 
 
 @pytest.mark.slow
@@ -287,10 +287,10 @@ def test_a_killed_distillation_resumes(place: Place, whole: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_stopped_early_and_was_killed_trains_no_further(place: Place) -> None:
-    options = place.options("patient", patience=1, epochs=6)
+    options = place.options("patient", patience=1, epochs=8)
     reference = train(replace(options, name="patient_whole"))
     rows = len((reference / "results.csv").read_text().splitlines()) - 1
-    assert rows < 6, "it must stop early"
+    assert rows < 8, "it must stop early"
     assert_equal(reference, killed_and_resumed(place, options, "engine.session plot_evaluation 1 kill"))
 
 
@@ -303,7 +303,7 @@ def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(place: Place, whole: 
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     folder = place.root / options.name
     command = f"python train.py --resume {folder}/weights/last.pt"
-    assert f"interrupted; 2 of {EPOCHS} epochs are kept. Continue with: {command}" in done.stdout
+    assert f"stopped; 2 of {EPOCHS} epochs are kept. Continue with: {command}" in done.stdout
     assert run(shlex.split(command)[1:]).returncode == 0
     assert_equal(whole, folder)
 
@@ -313,7 +313,7 @@ def test_ctrl_c_in_the_first_epoch_gives_the_command_to_start_again(place: Place
     options = place.options("early")
     done = place.struck(options, "engine.loop Loop._batch 2 INT")
     assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert f"interrupted; no epoch was saved. Start again with: {options.command()}" in done.stdout
+    assert f"stopped; no epoch was saved. Start again with: {options.command()}" in done.stdout
 
 
 @pytest.mark.slow
@@ -342,7 +342,7 @@ def test_data_that_vanish_in_an_epoch_are_named(place: Place, whole: Path, split
         shutil.move(f"{images}.gone", images)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert re.search(rf"^error: image {images}/\d+\.png: No such file or directory; was it moved or deleted\?$", done.stderr, re.M)
-    assert f"2 of {EPOCHS} epochs are kept" in done.stdout
+    assert re.search(rf"[23] of {EPOCHS} epochs are kept", done.stdout), "workers may have read the rest of the epoch before"
     assert_equal(whole, resume(place.root / options.name))
 
 
@@ -351,7 +351,7 @@ def test_a_loader_process_that_is_killed_is_one_line(place: Place, whole: Path) 
     options = place.options("worker", workers=2)
     done = place.struck(options, "engine.loop Loop._batch 14 worker")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert re.search(r"^error: DataLoader worker .* use fewer --workers", done.stderr, re.M), done.stderr
+    assert re.search(r"^error: a loader process was killed, .* use fewer --workers", done.stderr, re.M), done.stderr
     assert_equal(whole, resume(place.root / options.name))
 
 
