@@ -21,7 +21,8 @@ def keep_ends_in_float32(network: Network) -> None:
     """Let the first convolution and those that write the head's maps compute in float32 whatever autocast says.
 
     bfloat16 has 8 significant bits: it rounds the image's 256 grey levels, which every layer inherits, and the logits that scores and
-    boxes are made of. On YOLOv5n (320 px) this halves what bfloat16 moves precision and recall by.
+    boxes are made of. What is left is the rounding in between: on 128 images of COCO, where some classes have one or two objects, it
+    moves YOLOv5n's mAP@.5 by up to 0.003 either way, and more layers in float32 do not move it less.
     """
     first = next(b for b in network.blocks if b.kind == "convolutional")
     last = [network.blocks[network.blocks[i].inputs[0]] for i in network.heads]
