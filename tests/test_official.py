@@ -331,6 +331,14 @@ def test_attention_is_refused_by_name(tmp_path: Path) -> None:
         load_model(save(stripped(model), tmp_path / "a.pt"))
 
 
+def test_activations_that_we_do_not_have_are_named(tmp_path: Path) -> None:
+    for act, said in ((nn.ReLU6(), "ReLU6"), (nn.LeakyReLU(0.2), r"LeakyReLU\(0.2\)")):
+        model = tiny()
+        model.model[2].act = act
+        with pytest.raises(InputError, match=rf"model.2 has the activation {said}, which this project does not have; known: SiLU"):
+            load_model(save(stripped(model), tmp_path / "a.pt"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
