@@ -21,7 +21,10 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest -q tests
 
 bench: $(STAMP)
+	$(BIN)/python benchmarks/help_time.py
+	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_overhead.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache
