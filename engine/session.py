@@ -74,7 +74,8 @@ def resume(path: str | Path, device: str = "", workers: int | None = None) -> Pa
     last = find_last(path)
     model = load_model(last)
     if model.training is None:
-        raise InputError(f"--resume: {last} is finished (its training state is stripped); start a new run with --weights {last}")
+        what = "is finished (its training state is stripped)" if model.options else "is no run of this project"
+        raise InputError(f"--resume: {last} {what}; start a new run with --weights {last}")
     options = TrainOptions.from_saved(model.options)
     options = replace(options, device=device or options.device, workers=options.workers if workers is None else workers)
     if model.training.get("stopped") or model.epoch + 1 >= options.epochs:

@@ -38,6 +38,7 @@ from utils.log import LOGGER
 
 FORMAT = "yolo-prune 1"
 EXTENSIONS: frozenset[str] = frozenset()
+_ENTRIES = frozenset({"cfg", "state", "names", "imgsz", "epoch", "best_fitness", "hyp", "options", "training", "extensions"})
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = (ROOT / "models", ROOT / "models" / "hub", ROOT / "cfg")
 State = dict[str, Tensor]
@@ -193,6 +194,9 @@ def _from_ours(path: Path) -> Model:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else None
         raise InputError(f"{path}: not a checkpoint of this project (format {got!r}, wanted {FORMAT!r}) nor one of YOLOv5")
+    missing = _ENTRIES - content.keys()
+    if missing:
+        raise InputError(f"{path}: a checkpoint of this project without {', '.join(sorted(missing))}; it is incomplete")
     unknown = content["extensions"].keys() - EXTENSIONS
     if unknown:
         raise InputError(f"{path}: holds {', '.join(sorted(unknown))}, which this version does not know; use a newer one")

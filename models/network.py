@@ -221,7 +221,8 @@ def fuse(network: Network) -> Network:
             state |= {f"{block.name}.weight": weight, f"{block.name}.bias": bias}
         blocks.append(block)
     fused = Network(tuple(blocks))
-    state |= {k: v for k, v in source.items() if k in fused.state_dict() and k not in state}
+    wanted = fused.state_dict().keys()
+    state |= {k: v for k, v in source.items() if k in wanted and k not in state}
     fused.load_state_dict(state)
     return fused.to(next(network.parameters()).device).eval().requires_grad_(False)
 

@@ -371,3 +371,9 @@ def test_transfer_counts_what_fits() -> None:
     assert torch.equal(other.state_dict()["model.0.conv.weight"], state["model.0.conv.weight"])
     state["model.24.anchors"] = state["model.24.anchors"] + 1
     assert transfer(state, Network(stock("n"))) == "transferred 348/349 tensors"
+
+
+def test_a_checkpoint_of_ours_that_lacks_entries_is_refused(tmp_path: Path) -> None:
+    torch.save({"format": "yolo-prune 1", "cfg": ""}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="without best_fitness, epoch.*incomplete"):
+        load_model(tmp_path / "x.pt")
