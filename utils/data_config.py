@@ -74,7 +74,7 @@ def read_data(path: str | Path, splits: Sequence[str] = ("train", "val")) -> Dat
     the names.
 
     Raises InputError for a file that is missing or malformed, names that disagree with `nc`, or missing images; the
-    last, of several lines, says where the file wants them from and how it wants them converted.
+    last, of several lines where the file has them, says where the images are from and how they are converted.
     """
     source = _find_file(Path(path))
     description = _read_darknet(source) if source.suffix == ".data" else _read_yaml(source)
@@ -272,12 +272,11 @@ def _how_to_get(description: _Description, missing: str) -> str:
     """Say which images are missing and, in the file's own words, where they come from and what makes labels of them."""
     download = description.hints.get("download", "")
     near = did_you_mean(download, GENERATORS) if download.isidentifier() else ""
-    lines = [f"{description.source}: images are missing: looked for {_looked_for(description, missing)}{near}"]
-    for key, text in description.hints.items():
-        lines += [f"  {_HINTS[key]}:{_shown(text)}"]
+    problem = f"{description.source}: images are missing: looked for {_looked_for(description, missing)}{near}"
     if not description.hints:
-        lines += ["  put them there, or correct the path"]
-    return "\n".join([*lines, "  Nothing is downloaded, and nothing that the file says is run."])
+        return f"{problem}; put them there, or correct the path (nothing is downloaded)"
+    hints = [f"  {_HINTS[key]}:{_shown(text)}" for key, text in description.hints.items()]
+    return "\n".join([problem, *hints, "  Nothing is downloaded, and nothing that the file says is run."])
 
 
 def _shown(text: str) -> str:
