@@ -22,7 +22,6 @@ from utils.augment import (
     random_perspective,
     resize_long_side,
     to_centres,
-    to_planes,
 )
 from utils.dataset import DatasetOptions, DetectionDataset, _reduction, make_loader
 from utils.errors import InputError
@@ -150,13 +149,11 @@ def test_a_training_sample_is_its_transforms_in_order(jpegs, epoch):
         np.testing.assert_array_equal(sample.labels[:, 1:], centres)
 
 
-@pytest.mark.parametrize("shape", [(31, 17), (1, 5), (64, 96)])
-def test_planes_are_the_transposed_image_in_rgb(shape):
-    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    for view in (image, image[:, ::2], image[::-1]):
-        planes = to_planes(view)
-        np.testing.assert_array_equal(planes, view[..., ::-1].transpose(2, 0, 1))
-        assert planes.flags.c_contiguous
+def test_batches_lie_in_memory_as_the_network_wants_them(jpegs):
+    dataset = DetectionDataset(scan_labels(jpegs), DatasetOptions(imgsz=48, batch_size=4))
+    for workers in (0, 1):
+        for batch in make_loader(dataset, workers).epoch(0):
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 # Caches ---------------------------------------------------------------------------------------------------------------
@@ -187,18 +184,18 @@ def test_ram_images_come_back_and_cannot_be_written_to():
 
 
 def test_quad_enlarges_the_first_or_tiles_all_four():
-    images = [np.full((3, 8, 10), 10 * (i + 1), np.uint8) for i in range(4)]
+    images = [np.full((8, 10, 3), 10 * (i + 1), np.uint8) for i in range(4)]
     labels = [np.array([[0, i, 0.5, 0.5, 0.2, 0.4]], np.float32) for i in range(4)]
     enlarged = 0
     for seed in range(40):
         image, rows = quad(images, labels, np.random.default_rng(seed))
-        assert image.shape == (3, 16, 20) and image.dtype == np.uint8 and rows.dtype == np.float32
+        assert image.shape == (16, 20, 3) and image.dtype == np.uint8 and rows.dtype == np.float32
         if len(rows) == 1:
             enlarged += 1
             assert (image == 10).all()
             np.testing.assert_array_equal(rows, labels[0])
             continue
-        corners = image[0, [0, -1, 0, -1], [0, 0, -1, -1]]
+        corners = image[[0, -1, 0, -1], [0, 0, -1, -1], 0]
         assert corners.tolist() == [10, 20, 30, 40]
         centres = [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
         np.testing.assert_allclose(rows[:, 2:], [[*centre, 0.1, 0.2] for centre in centres], atol=1e-6)

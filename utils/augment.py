@@ -291,27 +291,20 @@ def jitter_hsv(image: np.ndarray, rng: np.random.Generator, options: AugmentOpti
     return cv2.cvtColor(jittered, cv2.COLOR_HSV2BGR, dst=jittered)
 
 
-def to_planes(image: np.ndarray) -> np.ndarray:
-    """Return a BGR image (height, width, 3) as RGB planes (3, height, width)."""
-    planes = np.empty((3, *image.shape[:2]), np.uint8)
-    cv2.split(image, [planes[2], planes[1], planes[0]])  # twice as fast as numpy's transposed copy
-    return planes
-
-
 def quad(images: Sequence[np.ndarray], labels: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Make one image of twice the size out of four: with probability 1/2 the first, enlarged, else all as a 2 x 2 tiling.
 
-    images: planes (3, H, W), in the order upper left, lower left, upper right, lower right.  labels: float32 (n, 6),
-    [0, class, cx, cy, w, h], normalised. Returns planes (3, 2H, 2W) and their labels.
+    images: (H, W, 3) each, in the order upper left, lower left, upper right, lower right.  labels: float32 (n, 6),
+    [0, class, cx, cy, w, h], normalised. Returns an image (2H, 2W, 3) and its labels.
     """
     if rng.random() < 0.5:
-        height, width = images[0].shape[1:]
-        return np.stack([cv2.resize(plane, (2 * width, 2 * height)) for plane in images[0]]), labels[0]
-    left, right = (np.concatenate(images[i : i + 2], axis=1) for i in (0, 2))
+        height, width = images[0].shape[:2]
+        return cv2.resize(images[0], (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR), labels[0]
+    left, right = (np.concatenate(images[i : i + 2]) for i in (0, 2))
     tiles = []
     for rows, corner in zip(labels, ((0, 0), (0, 1), (1, 0), (1, 1))):
         tile = rows.copy()
         tile[:, 2:4] += np.array(corner, np.float32)
         tile[:, 2:] /= 2
         tiles.append(tile)
-    return np.concatenate((left, right), axis=2), np.concatenate(tiles)
+    return np.concatenate((left, right), axis=1), np.concatenate(tiles)

@@ -30,7 +30,6 @@ from utils.augment import (
     resize_long_side,
     to_centres,
     to_corners,
-    to_planes,
 )
 from utils.errors import InputError
 from utils.image_cache import RamImages, fill_disk, fits_in_memory, load_decoded
@@ -81,7 +80,7 @@ class DatasetOptions:
 class Sample:
     """One network input.
 
-    image: uint8 (3, H, W) RGB.  labels: float32 (n, 6), [0, class, cx, cy, w, h] normalised to (W, H); collating fills
+    image: uint8 (3, H, W) RGB, channels last in memory.  labels: float32 (n, 6), [0, class, cx, cy, w, h] normalised to (W, H); collating fills
     in column 0.  index: position in the LabelSet.  `shape` leads back to the original image only without augmentation.
     """
 
@@ -96,7 +95,7 @@ class Sample:
 class Batch:
     """Samples of one size.
 
-    images: uint8 (B, 3, H, W) RGB.  targets: float32 (M, 6), [image in batch, class, cx, cy, w, h] normalised to
+    images: uint8 (B, 3, H, W) RGB, channels last in memory, as the network wants them.  targets: float32 (M, 6), [image in batch, class, cx, cy, w, h] normalised to
     (W, H).  indices, shapes, paths: one per image, as in `Sample`.
     """
 
@@ -155,7 +154,7 @@ class DetectionDataset(Dataset):
             image, centres, shape = self._augmented(index, self.input_shape(position), rng, self.options.augment)
         labels = np.zeros((len(centres), 6), np.float32)
         labels[:, 1:] = centres
-        return Sample(torch.from_numpy(to_planes(image)), torch.from_numpy(labels), index, shape, self.labels.images[index])
+        return _sample(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), labels, index, shape, self.labels.images[index])
 
     def _plain(self, index: int, input_shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, ShapeInfo]:
         """Return image, centres and shape of an image letterboxed into the input."""
@@ -236,6 +235,16 @@ def rect_shapes(aspects: np.ndarray, options: DatasetOptions) -> np.ndarray:
     return strides.astype(np.int64) * options.stride
 
 
+def _sample(image: np.ndarray, labels: np.ndarray, index: int, shape: ShapeInfo, path: Path) -> Sample:
+    """Wrap an RGB image (H, W, 3) without copying it."""
+    return Sample(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels), index, shape, path)
+
+
+def _pixels(sample: Sample) -> np.ndarray:
+    """The RGB image (H, W, 3) of a sample, as it lies in memory."""
+    return sample.image.permute(1, 2, 0).numpy()
+
+
 def _reduction(long_side: int, imgsz: int) -> int:
     """Return the largest scale 1/n at which a JPEG can be decoded without its long side falling below imgsz."""
     return next((n for n in (8, 4, 2) if long_side // n >= imgsz), 1)
@@ -256,7 +265,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     targets = np.concatenate([sample.labels.numpy() for sample in samples])
     targets[:, 0] = np.repeat(np.arange(len(samples)), [len(sample.labels) for sample in samples])
     return Batch(
-        images=torch.from_numpy(np.stack([sample.image.numpy() for sample in samples])),
+        images=torch.from_numpy(np.stack([_pixels(sample) for sample in samples])).permute(0, 3, 1, 2),
         targets=torch.from_numpy(targets),
         indices=tuple(sample.index for sample in samples),
         shapes=tuple(sample.shape for sample in samples),
@@ -315,8 +324,8 @@ class _Batches(Dataset):
         for first, *others in zip(*[iter(samples)] * 4, strict=True):
             rng = np.random.default_rng([self.dataset.options.seed, epoch, first.index, 4])  # 4: not the samples' own stream
             four = (first, *others)
-            image, labels = quad([sample.image.numpy() for sample in four], [sample.labels.numpy() for sample in four], rng)
-            merged.append(replace(first, image=torch.from_numpy(image), labels=torch.from_numpy(labels)))
+            image, labels = quad([_pixels(sample) for sample in four], [sample.labels.numpy() for sample in four], rng)
+            merged.append(_sample(image, labels, first.index, first.shape, first.path))
         return merged
 
 
