@@ -19,7 +19,7 @@ from utils.device import Precision, inference_precision, select_device
 from utils.errors import InputError
 from utils.flags import multiple
 from utils.nms import non_max_suppression
-from utils.planes import to_planes
+from utils.planes import stack, to_planes
 
 BATCH = 16  # most images that go through the network together
 
@@ -93,8 +93,7 @@ class Predictor:
     def _batch(self, boxed: Sequence[np.ndarray], limits: Limits) -> tuple[list[Tensor], tuple[float, float, float]]:
         """Detections (n, 6) in pixels of the letterboxed images (all of one shape), and milliseconds per image of the three steps."""
         times = [self.precision.clock()]
-        planes = torch.from_numpy(np.stack([to_planes(image, self.network.channels) for image in boxed]))
-        images = self.precision.images(planes)
+        images = self.precision.images(stack([to_planes(image, self.network.channels) for image in boxed]))
         times.append(self.precision.clock())
         with self.precision.autocast():
             maps = [self.network(view.of(images, self.network.max_stride)) for view in self.views]

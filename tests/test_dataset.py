@@ -27,7 +27,7 @@ from utils.dataset import DatasetOptions, DetectionDataset, _reduction, make_loa
 from utils.errors import InputError
 from utils.image_cache import RamImages
 from utils.labels import label_path, load_image, scan_labels
-from utils.planes import to_planes
+from utils.planes import stack, to_planes
 
 SIZES = [(120, 160), (160, 120), (90, 161), (96, 96), (130, 127), (33, 200)]
 
@@ -156,7 +156,17 @@ def test_planes_are_the_transposed_image_in_rgb(shape):
     for view in (image, image[:, ::2], image[::-1]):
         planes = to_planes(view, 3)
         np.testing.assert_array_equal(planes, view[..., ::-1].transpose(2, 0, 1))
-        assert planes.flags.c_contiguous
+        assert planes.transpose(1, 2, 0).flags.c_contiguous, "channels last in memory"
+    stacked = stack([to_planes(image, 3), to_planes(image[::-1], 3)])
+    assert stacked.is_contiguous(memory_format=torch.channels_last) and stacked.shape == (2, 3, *shape)
+    np.testing.assert_array_equal(stacked[1], image[::-1, :, ::-1].transpose(2, 0, 1))
+
+
+def test_batches_lie_in_memory_as_the_network_wants_them(jpegs):
+    dataset = DetectionDataset(scan_labels(jpegs), DatasetOptions(imgsz=48, batch_size=4))
+    for workers in (0, 1):
+        for batch in make_loader(dataset, workers).epoch(0):
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 # Caches ---------------------------------------------------------------------------------------------------------------

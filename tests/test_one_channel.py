@@ -35,7 +35,7 @@ def test_planes_round_trip_and_are_opencvs_grey() -> None:
     assert np.array_equal(colour, image[..., ::-1].transpose(2, 0, 1)) and np.array_equal(to_bgr(colour), image)
     assert grey.shape == (1, 6, 8) and np.array_equal(grey[0], cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
     assert np.array_equal(to_bgr(grey), np.repeat(grey[0][..., None], 3, 2))
-    assert colour.flags.c_contiguous and grey.flags.c_contiguous
+    assert colour.transpose(1, 2, 0).flags.c_contiguous and grey.flags.c_contiguous
 
 
 def test_the_first_convolution_and_the_cfg_follow_ch() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.log import LOGGER
+from utils.planes import resize_planes
 
 GRAY = 114
 MIN_BOX_SIDE = 2.0  # pixels, after a perspective
@@ -294,12 +295,12 @@ def jitter_hsv(image: np.ndarray, rng: np.random.Generator, options: AugmentOpti
 def quad(images: Sequence[np.ndarray], labels: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Make one image of twice the size out of four: with probability 1/2 the first, enlarged, else all as a 2 x 2 tiling.
 
-    images: planes (3, H, W), in the order upper left, lower left, upper right, lower right.  labels: float32 (n, 6),
-    [0, class, cx, cy, w, h], normalised. Returns planes (3, 2H, 2W) and their labels.
+    images: planes (C, H, W), in the order upper left, lower left, upper right, lower right.  labels: float32 (n, 6),
+    [0, class, cx, cy, w, h], normalised. Returns planes (C, 2H, 2W) and their labels.
     """
     if rng.random() < 0.5:
         height, width = images[0].shape[1:]
-        return np.stack([cv2.resize(plane, (2 * width, 2 * height)) for plane in images[0]]), labels[0]
+        return resize_planes(images[0], (2 * width, 2 * height)), labels[0]
     left, right = (np.concatenate(images[i : i + 2], axis=1) for i in (0, 2))
     tiles = []
     for rows, corner in zip(labels, ((0, 0), (0, 1), (1, 0), (1, 1))):

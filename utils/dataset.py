@@ -35,8 +35,10 @@ from utils.augment import (
 from utils.errors import InputError
 from utils.image_cache import RamImages, fill_disk, fits_in_memory, load_decoded
 from utils.labels import LabelSet, load_image
-from utils.planes import to_planes
+from utils.planes import resize_planes, stack, to_planes
 from utils.world import SOLO, World
+
+TERM_GRACE = 2  # seconds that a loader process lives on after SIGTERM
 
 # ((height, width) of the image as displayed, (gain, pad_x, pad_y)): x_input = x_image * gain + pad_x, likewise y.
 ShapeInfo = tuple[tuple[int, int], tuple[float, float, float]]
@@ -85,8 +87,9 @@ class DatasetOptions:
 class Sample:
     """One network input.
 
-    image: uint8 (3, H, W) RGB or (1, H, W) grey.  labels: float32 (n, 6), [0, class, cx, cy, w, h] normalised to (W, H); collating fills
-    in column 0.  index: position in the LabelSet.  `shape` leads back to the original image only without augmentation.
+    image: uint8 (3, H, W) RGB or (1, H, W) grey, channels last in memory.  labels: float32 (n, 6), [0, class, cx, cy, w, h]
+    normalised to (W, H); collating fills in column 0.  index: position in the LabelSet.  `shape` leads back to the original
+    image only without augmentation.
     """
 
     image: torch.Tensor
@@ -100,9 +103,9 @@ class Sample:
 class Batch:
     """Samples of one size.
 
-    images: uint8 (B, 3, H, W) RGB or (B, 1, H, W) grey.  targets: float32 (M, 6), [image in batch, class, cx, cy, w, h]
-    normalised to (W, H).  indices, shapes, paths: one per image, as in `Sample`.  number: the batch's place in its epoch.
-    total: images of the whole batch, of which several processes have a slice each.
+    images: uint8 (B, 3, H, W) RGB or (B, 1, H, W) grey, channels last in memory, as the network wants them.  targets: float32
+    (M, 6), [image in batch, class, cx, cy, w, h] normalised to (W, H).  indices, shapes, paths: one per image, as in `Sample`.
+    number: the batch's place in its epoch.  total: images of the whole batch, of which several processes have a slice each.
     """
 
     images: torch.Tensor
@@ -264,7 +267,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     targets = np.concatenate([sample.labels.numpy() for sample in samples])
     targets[:, 0] = np.repeat(np.arange(len(samples)), [len(sample.labels) for sample in samples])
     return Batch(
-        images=torch.from_numpy(np.stack([sample.image.numpy() for sample in samples])),
+        images=stack([sample.image.numpy() for sample in samples]),
         targets=torch.from_numpy(targets),
         indices=tuple(sample.index for sample in samples),
         shapes=tuple(sample.shape for sample in samples),
@@ -287,9 +290,7 @@ def rescaled(batch: Batch, size: int, step: int = 32) -> Batch:
     new = tuple(-(-int(round(side * factor)) // step) * step for side in (width, height))
     if new == (width, height):
         return batch
-    images = np.stack([cv2.resize(image.transpose(1, 2, 0), new, interpolation=cv2.INTER_LINEAR) for image in batch.images.numpy()])
-    images = images.reshape(len(images), new[1], new[0], -1)  # of one channel OpenCV gives no axis
-    return replace(batch, images=torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+    return replace(batch, images=stack([resize_planes(image, new) for image in batch.images.numpy()]))
 
 
 @dataclass(frozen=True)
@@ -414,8 +415,9 @@ def _as_is(batch: Batch | InputError) -> Batch | InputError:
 
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
-    for interruption in (signal.SIGINT, signal.SIGTERM):  # they reach every process of a group; the main one ends its workers
-        signal.signal(interruption, signal.SIG_IGN)
+    # Ctrl-C and SIGTERM reach every process of a group. The main one ends its workers, and must be able to; so SIGTERM only comes late.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(TERM_GRACE))
 
 
 def _checked(batch: Batch | InputError) -> Batch:

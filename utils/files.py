@@ -32,7 +32,8 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        sync(temporary)
+        if not temporary.is_symlink():  # a link has no content of its own, and what it points at may not be there yet
+            sync(temporary)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # some systems cannot open a folder; the renaming is safe against a kill all the same
             sync(path.parent)
