@@ -38,8 +38,6 @@ from utils.labels import LabelSet, load_image
 from utils.planes import resize_planes, stack, to_planes
 from utils.world import SOLO, World
 
-TERM_GRACE = 2  # seconds that a loader process lives on after SIGTERM
-
 # ((height, width) of the image as displayed, (gain, pad_x, pad_y)): x_input = x_image * gain + pad_x, likewise y.
 ShapeInfo = tuple[tuple[int, int], tuple[float, float, float]]
 
@@ -415,9 +413,10 @@ def _as_is(batch: Batch | InputError) -> Batch | InputError:
 
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
-    # Ctrl-C and SIGTERM reach every process of a group. The main one ends its workers, and must be able to; so SIGTERM only comes late.
+    # Ctrl-C and a batch system's SIGTERM reach every process of a group. The main one ends its workers; one that dies of a signal of its
+    # own would be reported as an error, in the middle of that.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(TERM_GRACE))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _checked(batch: Batch | InputError) -> Batch:
