@@ -398,8 +398,10 @@ def _as_is(batch: Batch | InputError) -> Batch | InputError:
 
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
-    for interruption in (signal.SIGINT, signal.SIGTERM):  # they reach every process of a group; the main one ends its workers
-        signal.signal(interruption, signal.SIG_IGN)
+    # Ctrl-C and a batch system's SIGTERM reach every process of a group. The main one ends its workers; one that dies of a signal of its
+    # own would be reported as an error, in the middle of that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _checked(batch: Batch | InputError) -> Batch:
