@@ -24,7 +24,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/help_time.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_overhead.py
+	$(BIN)/python benchmarks/val_overhead.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/two_processes.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

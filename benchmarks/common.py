@@ -13,6 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from utils.labels import LabelSet  # noqa: E402
+
 
 def report(name: str, text: str, **figures: Any) -> None:
     """Print a line for people and one for programs."""
@@ -32,6 +34,13 @@ def in_turns(work: Mapping[str, Callable[[], float]], repeats: int) -> dict[str,
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     """The median of the ratios of neighbours in time."""
     return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
+
+
+def first_images(labels: LabelSet, count: int) -> LabelSet:
+    """The first `count` images of a label set."""
+    return LabelSet(
+        labels.images[:count], labels.labels[:count], labels.sizes[:count], labels.found, labels.missing, labels.empty, labels.corrupt, ()
+    )
 
 
 def jpeg_yaml(folder: Path) -> Path:

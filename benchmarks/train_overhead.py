@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import in_turns, jpeg_yaml, median_ratio, report
+from common import first_images, in_turns, jpeg_yaml, median_ratio, report
 
 import torch  # isort: skip
 
@@ -33,17 +33,10 @@ from utils.data_config import read_data
 from utils.dataset import DatasetOptions, DetectionDataset, make_loader
 from utils.device import training_precision, worker_count
 from utils.hyp import read_hyp
-from utils.labels import LabelSet, scan_labels
+from utils.labels import scan_labels
 from utils.loss import DetectionLoss
 
 BOUNDS = {"ram": 1.25, "none": 1.8}
-
-
-def first_images(labels: LabelSet, count: int) -> LabelSet:
-    """The first `count` images of a label set."""
-    return LabelSet(
-        labels.images[:count], labels.labels[:count], labels.sizes[:count], labels.found, labels.missing, labels.empty, labels.corrupt, ()
-    )
 
 
 def build(args: argparse.Namespace, data: str | Path, cache: str) -> Loop:

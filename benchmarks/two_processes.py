@@ -16,27 +16,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import first_images, report
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch  # isort: skip
+from torch import Tensor  # isort: skip
 
-from benchmarks.train_overhead import first_images  # noqa: E402
-from engine.loop import Loop, LoopOptions  # noqa: E402
-from engine.objectives import DetectionObjective, DistillationObjective  # noqa: E402
-from engine.optim import build_optimizer  # noqa: E402
-from engine.schedule import ScheduleOptions, YoloSchedule  # noqa: E402
-from engine.seams import Observer, Seams  # noqa: E402
-from models.checkpoint import read_structure  # noqa: E402
-from models.network import Network, init_detect_biases  # noqa: E402
-from pruning.sparsity import SparsityOptions, SparsityTerm, penalised  # noqa: E402
-from utils.augment import AugmentOptions  # noqa: E402
-from utils.data_config import read_data  # noqa: E402
-from utils.dataset import DatasetOptions, DetectionDataset, make_loader  # noqa: E402
-from utils.device import Precision  # noqa: E402
-from utils.labels import scan_labels  # noqa: E402
-from utils.loss import DetectionLoss  # noqa: E402
-from utils.world import World, join  # noqa: E402
+from engine.loop import Loop, LoopOptions
+from engine.objectives import DetectionObjective, DistillationObjective
+from engine.optim import build_optimizer
+from engine.schedule import ScheduleOptions, YoloSchedule
+from engine.seams import Observer, Seams
+from models.checkpoint import read_structure
+from models.network import Network, init_detect_biases
+from pruning.sparsity import SparsityOptions, SparsityTerm, penalised
+from utils.augment import AugmentOptions
+from utils.data_config import read_data
+from utils.dataset import DatasetOptions, DetectionDataset, make_loader
+from utils.device import Precision
+from utils.labels import scan_labels
+from utils.loss import DetectionLoss
+from utils.world import World, join
 
 
 class FrozenNorms:
@@ -134,9 +133,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", default="data/digits.yaml")
     p.add_argument("--cfg", default="models/yolov5n.yaml")
-    p.add_argument("--images", type=int, default=129, help="an odd number leaves a last batch with fewer images than processes")
+    p.add_argument("--images", type=int, default=513, help="this number leaves a last batch with fewer images than processes")
     p.add_argument("--img", type=int, default=128)
-    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--batch", type=int, default=32)
     p.add_argument("--epochs", type=int, default=2)
     p.add_argument("--lr", type=float, default=0.01)
     p.add_argument("--frozen", action="store_true", help=argparse.SUPPRESS)
@@ -146,11 +145,11 @@ def main() -> None:
         work(args)
         return
     result = compare(args)
-    print(
+    text = (
         f"one process against two, {result['steps']} steps: losses differ by at most {result['largest_step_difference']:.1e} (bound 1e-4) with "
         f"frozen norms, epoch means by {result['largest_epoch_mean_difference']:.2%} (bound 1%) with live ones"
     )
-    print(json.dumps({"benchmark": "two_processes", **result}))
+    report("two_processes", text, **result)
     within = result["largest_step_difference"] <= 1e-4 and result["largest_epoch_mean_difference"] <= 0.01
     sys.exit(0 if within and result["processes_aligned"] else 1)
 

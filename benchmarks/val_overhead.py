@@ -11,27 +11,24 @@ YOLOV5N_PT the network is the official one, otherwise a fresh one, whose many po
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import first_images, report
+from reference import dataset_yaml
 
-import torch  # noqa: E402
+import torch  # isort: skip
 
-from benchmarks.reference import dataset_yaml  # noqa: E402
-from benchmarks.train_overhead import first_images  # noqa: E402
-from engine.evaluate import EvaluateOptions, evaluate  # noqa: E402
-from models.checkpoint import load_model, read_structure  # noqa: E402
-from models.network import Network, fuse, init_detect_biases  # noqa: E402
-from utils.data_config import read_data  # noqa: E402
-from utils.dataset import DatasetOptions, DetectionDataset, make_loader  # noqa: E402
-from utils.device import Precision, worker_count  # noqa: E402
-from utils.labels import scan_labels  # noqa: E402
+from engine.evaluate import EvaluateOptions, evaluate
+from models.checkpoint import load_model, read_structure
+from models.network import Network, fuse, init_detect_biases
+from utils.data_config import read_data
+from utils.dataset import DatasetOptions, DetectionDataset, make_loader
+from utils.device import Precision, worker_count
+from utils.labels import scan_labels
 
 
 def the_network(weights: str, classes: int) -> Network:
@@ -93,8 +90,8 @@ def measure(network: Network, dataset: DetectionDataset, args: argparse.Namespac
             flush=True,
         )
     ratio = statistics.median(wall)
-    print(f"median ratio {ratio:.3f} ({evaluation.images} images, {args.img} px, batch {args.batch}, {torch.get_num_threads()} threads)")
-    print(json.dumps({"val_overhead": ratio, "cpu_ratio": statistics.median(cpu), "rounds": wall, "images": evaluation.images}))
+    text = f"evaluation / network {ratio:.3f} (bound 1.3; {evaluation.images} images, {args.img} px, batch {args.batch}, {torch.get_num_threads()} threads)"
+    report("val_overhead", text, ratio=ratio, cpu_ratio=statistics.median(cpu), rounds=wall, images=evaluation.images)
 
 
 if __name__ == "__main__":
