@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -99,7 +100,12 @@ def test_a_camera_is_saved_under_its_number(work: Path, camera: type[FakeCapture
 def test_interrupting_a_stream_keeps_its_video_and_says_where(
     work: Path, camera: type[FakeCapture], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    camera.script = [10] * 100000
+    class Endless(list):  # as a camera is, at 100 frames a second
+        def pop(self, index: int) -> int:
+            time.sleep(0.01)
+            return 10
+
+    camera.script = Endless([10])
     write, seen = DetectionFiles.write, []
 
     def interrupted(self: DetectionFiles, frame: Frame, boxes: np.ndarray, drawn: np.ndarray) -> None:
