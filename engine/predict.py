@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,21 +52,19 @@ def predict(options: PredictOptions) -> Path:
     model = load_model(options.weights, options.cfg or None)
     check_classes(options.limits.classes, model.names, "--classes")
     predictor = build_predictor(model, options.imgsz, options.device, options.half, options.augment)
-    if options.half and predictor.precision.device.type != "cuda":
-        LOGGER.info("--half matters on CUDA only; detecting in float32")
-    source = frames(options.source, options.vid_stride)
-    first = next(source)
-    folder = make_folder(run_folder(options.project, options.name, options.exist_ok))
-    run = _Run(predictor, model.names, options, DetectionFiles(folder, model.names, options.kept))
-    try:
-        run.take(first)
-        for frame in source:
-            run.take(frame)
-    except KeyboardInterrupt:  # how a live stream is ended
-        run.finish()
-        raise
-    finally:
-        run.files.close()
+    with closing(frames(options.source, options.vid_stride)) as source:
+        first = next(source)
+        folder = make_folder(run_folder(options.project, options.name, options.exist_ok))
+        run = _Run(predictor, model.names, options, DetectionFiles(folder, model.names, options.kept))
+        try:
+            run.take(first)
+            for frame in source:
+                run.take(frame)
+        except KeyboardInterrupt:  # how a live stream is ended
+            run.finish()
+            raise
+        finally:
+            run.files.close()
     run.finish()
     return folder
 
