@@ -17,7 +17,7 @@ from engine.tta import AUGMENTED, PLAIN, View, candidates
 from models.network import Network
 from utils.boxes import denormalise, scale_boxes, xywh_to_xyxy
 from utils.dataset import Batch, EpochLoader
-from utils.device import Precision
+from utils.device import Precision, ReusedImages
 from utils.loss import DetectionLoss
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
 from utils.nms import non_max_suppression
@@ -145,10 +145,11 @@ def evaluate(
         disable=None if options.progress else True,
         leave=False,
     )
+    convert = ReusedImages(precision)
     with one_behind() as submit:
         for batch in bar:
             t0 = precision.clock()
-            images = precision.images(batch.images)
+            images = convert(batch.images)
             t1 = precision.clock()
             with precision.autocast():
                 maps = [network(view.of(images, network.max_stride)) for view in views]

@@ -18,7 +18,7 @@ from utils.boxes import xywh_to_xyxy
 from utils.data_config import read_data
 from utils.dataset import DatasetOptions, DetectionDataset, EpochLoader, make_loader
 from utils.decode import decode, decode_candidates
-from utils.device import Precision
+from utils.device import Precision, ReusedImages
 from utils.labels import scan_labels
 from utils.metrics import ConfusionMatrix
 from utils.nms import non_max_suppression
@@ -219,3 +219,12 @@ def _counted(found: np.ndarray, labels: np.ndarray) -> np.ndarray:
             if i not in paired:
                 matrix[int(d[5]), 3] += 1
     return matrix
+
+
+def test_images_converted_into_reused_memory_are_the_same() -> None:
+    precision = Precision(torch.device("cpu"))
+    convert = ReusedImages(precision)
+    for shape in ((2, 3, 64, 96), (4, 3, 96, 64), (1, 1, 32, 32), (2, 3, 64, 64)):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        got = convert(images)
+        assert torch.equal(got, precision.images(images)) and got.is_contiguous(memory_format=torch.channels_last)

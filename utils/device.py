@@ -66,6 +66,28 @@ class Precision:
         return images.float().div_(255)
 
 
+class ReusedImages:
+    """`Precision.images` on CPUs into memory that is used again, so what it returns holds until the next call.
+
+    Fresh memory costs more than the conversion: of a batch of 16 at 640 px 33 ms, against 8 ms. For inference; a training step may still
+    need its images.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self._memory = torch.empty(0)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> float 0..1, channels last."""
+        if self.precision.device.type != "cpu":
+            return self.precision.images(images)
+        batch, channels, height, width = images.shape
+        if self._memory.numel() < images.numel():
+            self._memory = torch.empty(images.numel())
+        floats = self._memory[: images.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return floats.copy_(images).div_(255)
+
+
 def training_precision(device: torch.device, amp: bool = True) -> Precision:
     """float16 on CUDA, bfloat16 on CPUs that accelerate it, float32 elsewhere or without `amp`."""
     if not amp:

@@ -19,8 +19,9 @@ from utils.boxes import xywh_to_xyxy
 
 MAX_CANDIDATES = 30000
 CLASS_OFFSET = 7680.0  # pixels; larger than any image side, so that boxes of different classes do not meet
+Operator = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 BLOCK = 256  # boxes tested at a time against those already kept
-PREFIX = 4  # times `max_det` candidates are tried first
+PREFIX = 4  # times `limit` boxes are tried first where the operator knows no limit
 
 
 def non_max_suppression(
@@ -77,19 +78,10 @@ def _best_first(scores: torch.Tensor, limit: int) -> torch.Tensor:
 
 
 def _suppress(candidates: torch.Tensor, iou_threshold: float, agnostic: bool, max_det: int) -> torch.Tensor:
-    """Return the first `max_det` survivors of candidates (n, 6) given best first.
-
-    What survives among the first k does not depend on the rest, and the cost grows with the square of their number: the
-    rest is looked at only if the first few times `max_det` leave too few.
-    """
+    """Return the first `max_det` survivors of candidates (n, 6) given best first."""
     boxes, scores, label = candidates[:, :4], candidates[:, 4], candidates[:, 5:]
     shifted = boxes if agnostic else boxes + label * CLASS_OFFSET
-    size = PREFIX * max_det
-    while True:
-        kept = nms(shifted[:size], scores[:size], iou_threshold, max_det)
-        if len(kept) == max_det or size >= len(candidates):
-            return candidates[kept]
-        size *= PREFIX
+    return candidates[nms(shifted, scores, iou_threshold, max_det)]
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, limit: int | None = None) -> torch.Tensor:
@@ -99,14 +91,31 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, limit: 
     """
     operator = _torchvision_nms()
     if operator is not None:
-        return operator(boxes, scores, iou_threshold)[:limit]
+        return _limited(operator, boxes, scores, iou_threshold, limit)
     order = scores.sort(descending=True, stable=True).indices
     kept = _greedy(boxes[order].cpu().numpy(), iou_threshold, len(boxes) if limit is None else limit)
     return order[torch.from_numpy(kept).to(order.device)]
 
 
+def _limited(operator: Operator, boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, limit: int | None) -> torch.Tensor:
+    """torchvision's operator on no more of the best boxes than `limit` survivors need.
+
+    What survives among the best k does not depend on the rest, and the cost grows with the square of their number.
+    """
+    if limit is None:
+        return operator(boxes, scores, iou_threshold)
+    order = scores.sort(descending=True, stable=True).indices
+    size = PREFIX * limit
+    while True:
+        part = order[:size]
+        kept = operator(boxes[part], scores[part], iou_threshold)[:limit]
+        if len(kept) == limit or size >= len(order):
+            return part[kept]
+        size *= PREFIX
+
+
 @cache
-def _torchvision_nms() -> Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None:
+def _torchvision_nms() -> Operator | None:
     """Return torchvision's operator if it can be called here.
 
     torchvision may be absent, fail to import with any exception, or import without its compiled library, as when it
