@@ -27,7 +27,7 @@ from models.checkpoint import load_model, read_structure
 from models.network import Network, fuse, init_detect_biases
 from utils.data_config import read_data
 from utils.dataset import DatasetOptions, DetectionDataset, make_loader
-from utils.device import Precision, worker_count
+from utils.device import Precision, evaluation_workers
 from utils.labels import scan_labels
 
 
@@ -80,7 +80,7 @@ def measure(network: Network, dataset: DetectionDataset, args: argparse.Namespac
             network(images)
         bare = since(start)
         start = clocks()
-        evaluation = evaluate(network, make_loader(dataset, worker_count(args.workers)), precision, options)
+        evaluation = evaluate(network, make_loader(dataset, evaluation_workers(args.workers, precision.device)), precision, options)
         whole = since(start)
         wall.append(whole[0] / bare[0])
         cpu.append(whole[1] / bare[1])

@@ -26,7 +26,7 @@ from pruning.surgery import fold_constants, prune
 from utils import plots
 from utils.data_config import read_data
 from utils.dataset import DatasetOptions, DetectionDataset, EpochLoader, make_loader
-from utils.device import Precision, select_device, worker_count
+from utils.device import Precision, evaluation_workers, select_device
 from utils.errors import InputError
 from utils.files import make_folder, megabytes, run_folder, write_text
 from utils.flags import multiple
@@ -131,7 +131,7 @@ def _bench(options: PruneOptions, model: Model, device: torch.device) -> _Bench:
             channels=network.channels,
         ),
     )
-    return _Bench(make_loader(dataset, worker_count(options.workers)), Precision(device), imgsz, single)
+    return _Bench(make_loader(dataset, evaluation_workers(options.workers, device)), Precision(device), imgsz, single)
 
 
 def _excluding(spaces: Spaces, blocks: Blocks, patterns: tuple[str, ...]) -> Spaces:

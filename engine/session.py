@@ -32,7 +32,7 @@ from utils.anchors import autoanchor, label_sizes
 from utils.augment import AugmentOptions
 from utils.data_config import DataConfig, read_data
 from utils.dataset import DatasetOptions, DetectionDataset, EpochLoader, make_loader
-from utils.device import Precision, select_device, training_precision, worker_count
+from utils.device import Precision, evaluation_workers, select_device, training_precision, worker_count
 from utils.errors import InputError
 from utils.files import make_folder, remove_temporaries, run_folder, write_text
 from utils.flags import multiple
@@ -205,7 +205,9 @@ def _network(blocks: Blocks, state: dict | None, options: TrainOptions, hyp: dic
     return network
 
 
-def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, network: Network, world: World) -> tuple[EpochLoader, EpochLoader]:
+def _loaders(
+    data: _Data, hyp: dict[str, float], options: TrainOptions, network: Network, device: torch.device, world: World
+) -> tuple[EpochLoader, EpochLoader]:
     augment = AugmentOptions.from_hyp(hyp)
     common = DatasetOptions(
         data.imgsz,
@@ -219,11 +221,11 @@ def _loaders(data: _Data, hyp: dict[str, float], options: TrainOptions, network:
         common, augment=augment, rect=options.rect, batch_size=options.batch_size, quad=options.quad, multi_scale=options.multi_scale
     )
     validation = replace(common, rect=True, pad=0.5, batch_size=2 * options.batch_size)
-    workers = worker_count(options.workers, world)
+    workers, beside = worker_count(options.workers, world), evaluation_workers(options.workers, device, world)
     pin = torch.cuda.is_available()
     return (
         make_loader(DetectionDataset(data.train, training), workers, shuffle=True, pin_memory=pin, world=world),
-        make_loader(DetectionDataset(data.val, validation), workers, pin_memory=pin, world=world),
+        make_loader(DetectionDataset(data.val, validation), beside, pin_memory=pin, world=world),
     )
 
 
@@ -231,7 +233,7 @@ def _assemble(
     network: Network, data: _Data, hyp: dict, options: TrainOptions, precision: Precision, folder: Path, world: World
 ) -> tuple[Loop, Checkpoints]:
     """Build the loop and its seams."""
-    train_loader, val_loader = _loaders(data, hyp, options, network, world)
+    train_loader, val_loader = _loaders(data, hyp, options, network, precision.device, world)
     loss_options = LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)})
     loss = DetectionLoss(network.anchors, network.strides, data.nc, data.imgsz, loss_options, world, samples=4 if options.quad else 1)
     objective = _objective(loss, options, precision, network)

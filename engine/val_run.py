@@ -20,7 +20,7 @@ from models.network import Network
 from utils.boxes import label_text
 from utils.data_config import DataConfig, read_data
 from utils.dataset import DatasetOptions, DetectionDataset, make_loader
-from utils.device import inference_precision, select_device, worker_count
+from utils.device import evaluation_workers, inference_precision, select_device
 from utils.errors import InputError
 from utils.files import make_folder, run_folder, write_text
 from utils.flags import multiple
@@ -94,7 +94,7 @@ def _validate(options: ValOptions, world: World) -> Path:
     thresholds = SPEED_THRESHOLDS if speed else (options.conf_thres, options.iou_thres)
     evaluation = evaluate(
         network,
-        make_loader(dataset, worker_count(options.workers, world), pin_memory=device.type == "cuda", world=world),
+        make_loader(dataset, evaluation_workers(options.workers, device, world), pin_memory=device.type == "cuda", world=world),
         precision,
         EvaluateOptions(*thresholds, options.max_det, options.single_cls, options.augment, progress=world.is_main),
         on_image=sink if options.save_txt or options.save_json else None,

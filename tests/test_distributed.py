@@ -18,7 +18,7 @@ from engine.image_weights import ImageWeights
 from models.checkpoint import load_model
 from models.network import Network, synchronise_norms
 from tests.helpers import ROOT, alive, small, with_module, write_dataset
-from utils.device import select_device, worker_count
+from utils.device import evaluation_workers, select_device, worker_count
 from utils.errors import InputError
 from utils.world import SOLO, World
 
@@ -51,6 +51,9 @@ def test_devices_and_workers_of_a_process(monkeypatch: pytest.MonkeyPatch) -> No
             select_device(text, world)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert (worker_count(8), worker_count(8, World(0, 2, 0, 2)), worker_count(8, World(0, 16, 0, 16))) == (8, 4, 1)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert (evaluation_workers(8, gpu), evaluation_workers(8, cpu), evaluation_workers(2, cpu)) == (8, 3, 2)
+    assert evaluation_workers(8, cpu, World(0, 4, 0, 4)) == 0
 
 
 @pytest.mark.parametrize("most", [1, 3, 16, 37, 1000, 5000])

@@ -111,3 +111,13 @@ def worker_count(wanted: int, world: World = SOLO) -> int:
     """Loader workers: no more than this process's part of the CPUs that it may use."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(wanted, 0), max(cpus // world.locals, 1))
+
+
+def evaluation_workers(wanted: int, device: torch.device, world: World = SOLO) -> int:
+    """Loader workers beside a network that only computes forward, hence faster than a training step and with little to wait for.
+
+    On a CPU no more than half of this process's processors less one, so none on two: the network's threads work in step, and all wait
+    for the one whose processor a loader took. Measured on two: 1.16 times the bare network's time without loaders, 1.29 with two.
+    """
+    workers = worker_count(wanted, world)
+    return min(workers, max(worker_count(2**16, world) // 2 - 1, 0)) if device.type == "cpu" else workers
