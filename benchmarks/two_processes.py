@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -113,7 +114,9 @@ def run(args: argparse.Namespace, processes: int, frozen: bool) -> dict:
         command += ["--out", str(out), "--data", args.data, "--cfg", args.cfg, "--lr", str(args.lr)]
         for name in ("images", "img", "batch", "epochs"):
             command += [f"--{name}", str(getattr(args, name))]
-        subprocess.run(command + ["--frozen"] * frozen, check=True, stdout=subprocess.DEVNULL)
+        # One thread each, as torchrun gives several processes: another number would already sum in another order.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command + ["--frozen"] * frozen, check=True, stdout=subprocess.DEVNULL, env=environment)
         return json.loads(out.read_text())
 
 
