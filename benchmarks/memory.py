@@ -68,7 +68,7 @@ def main() -> None:
     p.add_argument("--cache", choices=["ram", "disk", "none"], default="ram")
     p.add_argument("--img", type=int, default=320)
     p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--epochs", type=int, default=4)
+    p.add_argument("--epochs", type=int, default=6)
     p.add_argument("--workers", type=int, default=8)
     args = p.parse_args()
     if not Path("/proc/self/status").exists():
