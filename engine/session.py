@@ -104,7 +104,8 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: Wo
         synchronise_norms(network)
     network.to(device, memory_format=torch.channels_last)
     if options.batch_size == -1:
-        options = replace(options, batch_size=world.size * largest_batch(network, data.imgsz, precision))
+        each = min(world.gather(largest_batch(network, data.imgsz, precision)))
+        options = replace(options, batch_size=world.size * each)
     loop, checkpoints = _assemble(network, data, hyp, options, precision, folder, world)
     if resumed:
         loop.load_state_dict(resumed.training, resumed.state, resumed.epoch)
