@@ -32,12 +32,15 @@ PERCENT = {"prune": 0.6, "shortcut_prune": 0.6, "slim_prune": 0.7, "slim_prune_8
 
 @dataclass(frozen=True)
 class Step:
-    """One command; `done` is the file whose presence shows that it has finished, and is written last."""
+    """One command, and the folder in `runs/demo` that it writes; a file there shows that it has finished."""
 
     name: str
     what: str
     command: str
-    done: Path
+
+    @property
+    def done(self) -> Path:
+        return RUNS / self.name / ".done"
 
 
 def steps() -> list[Step]:
@@ -59,20 +62,18 @@ def steps() -> list[Step]:
 
 def _train(name: str, what: str, command: str) -> Step:
     whole = f"{command} --epochs {EPOCHS[name]} --cos-lr {TRAIN} --name {name} --exist-ok"
-    return Step(name, what, whole, RUNS / name / "results.png")
+    return Step(name, what, whole)
 
 
 def _detect(weights: Path) -> Step:
     source = "--source data/generated/digits/images/val --conf 0.4 --line-thickness 1 --save-txt"
-    return Step(
-        "detect", "detect", f"prune_detect.py --weights {weights} {source} --project {RUNS} --name detect --exist-ok", RUNS / "detect/.done"
-    )
+    return Step("detect", "detect", f"prune_detect.py --weights {weights} {source} --project {RUNS} --name detect --exist-ok")
 
 
 def _prune(name: str, percent: float, weights: Path) -> Step:
     flag = "global_percent" if name.startswith("slim") else "percent"
     command = f"{name}.py --weights {weights} --{flag} {percent:g} {DATA} --project {RUNS} --name {name} --exist-ok"
-    return Step(name, f"prune: {name}.py", command, RUNS / name / "report.json")
+    return Step(name, f"prune: {name}.py", command)
 
 
 def main(argv: Argv = None) -> None:
