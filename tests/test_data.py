@@ -569,7 +569,14 @@ def test_slices_keep_the_groups_that_become_one_image_together():
 def test_drawn_positions_take_the_place_of_each_one_once():
     sampler = EpochBatchSampler(4, 4, shuffle=False, seed=0)
     sampler.drawn = np.array([2, 2, 0, 1])
-    assert [position for _, position in next(iter(sampler)).keys] == [2, 2, 0, 1]
+    assert next(iter(sampler)).keys == ((0, 2), (0, 2, 1), (0, 0), (0, 1)), "what comes again is another copy"
+
+
+def test_copies_of_an_image_are_augmented_in_other_ways(split):
+    dataset = DetectionDataset(scan_labels(split), DatasetOptions(imgsz=64, augment=AugmentOptions()))
+    first, again, copy, other = (dataset[key].image for key in ((3, 1), (3, 1), (3, 1, 1), (3, 1, 2)))
+    assert torch.equal(first, again) and torch.equal(copy, dataset[3, 1, 1].image)
+    assert not torch.equal(first, copy) and not torch.equal(copy, other)
 
 
 def test_multi_scale_draws_sizes_by_seed_epoch_and_number_within_half_to_one_and_a_half():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,10 @@ class Batch:
 
 
 class DetectionDataset(Dataset):
-    """Samples of a LabelSet: `dataset[epoch, position]`. Positions follow the LabelSet, or with `rect` the aspect."""
+    """Samples of a LabelSet: `dataset[epoch, position]`. Positions follow the LabelSet, or with `rect` the aspect.
+
+    `dataset[epoch, position, copy]` for copy = 1, 2, ... augments the same image in other ways.
+    """
 
     def __init__(self, labels: LabelSet, options: DatasetOptions) -> None:
         self.labels = labels
@@ -153,13 +157,14 @@ class DetectionDataset(Dataset):
         height, width = self._shapes[position // self.options.batch_size]
         return int(height), int(width)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, position = key
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        epoch, position, *copy = key
         index = int(self._order[position])
         if self.options.augment is None:
             image, centres, shape = self._plain(index, self.input_shape(position))
         else:
-            rng = np.random.default_rng([self.options.seed, epoch, index])
+            stream = (5, *copy) if copy else ()  # 5: neither the streams of whole batches nor those of quads
+            rng = np.random.default_rng([self.options.seed, epoch, index, *stream])
             image, centres, shape = self._augmented(index, self.input_shape(position), rng, self.options.augment)
         labels = np.zeros((len(centres), 6), np.float32)
         labels[:, 1:] = centres
@@ -293,11 +298,11 @@ def rescaled(batch: Batch, size: int, step: int = 32) -> Batch:
 
 @dataclass(frozen=True)
 class BatchKeys:
-    """What makes a batch: its number in the epoch, (epoch, position) of its samples here, and how many groups of samples (images
+    """What makes a batch: its number in the epoch, the dataset's keys of its samples here, and how many groups of samples (images
     of the finished batch) it has over all processes."""
 
     number: int
-    keys: tuple[tuple[int, int], ...]
+    keys: tuple[tuple[int, ...], ...]
     total: int
 
 
@@ -305,9 +310,9 @@ class EpochBatchSampler(Sampler[BatchKeys]):
     """Yields an epoch's batches. Set `epoch`, and `drawn` if need be, before each iteration.
 
     The last batch may be short; samples beyond a whole number of `group` are left out, other ones in each shuffled epoch. `drawn`:
-    positions to use in the place of each one once. Of several processes each gets a slice of every batch, in order of rank. Where a
-    batch has fewer groups than there are processes, all of them train on the whole of it, for each has to have some; in
-    evaluation those without a slice get no batch.
+    positions to use in the place of each one once; one that comes again is another copy. Of several processes each gets a slice of
+    every batch, in order of rank. Where a batch has fewer groups than there are processes, all of them train on the whole of it, for
+    each has to have some; in evaluation those without a slice get no batch.
     """
 
     def __init__(
@@ -326,14 +331,25 @@ class EpochBatchSampler(Sampler[BatchKeys]):
         return self._batches(self.epoch)  # bound now: a generator of its own would read it at the first batch only
 
     def _batches(self, epoch: int) -> Iterator[BatchKeys]:
-        positions = np.arange(self.count) if self.drawn is None else self.drawn
+        keys = self._keys(epoch)
+        order = np.arange(self.count)
         if self.shuffle:
-            positions = positions[np.random.default_rng([self.seed, epoch]).permutation(self.count)]
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
         for number, start in enumerate(range(0, self.used, self.batch_size)):
-            groups = positions[start : min(start + self.batch_size, self.used)].reshape(-1, self.group)
+            groups = order[start : min(start + self.batch_size, self.used)].reshape(-1, self.group)
             part = self._slice(groups)
             if len(part):
-                yield BatchKeys(number, tuple((epoch, int(position)) for position in part.flat), len(groups))
+                yield BatchKeys(number, tuple(keys[i] for i in part.flat), len(groups))
+
+    def _keys(self, epoch: int) -> list[tuple[int, ...]]:
+        if self.drawn is None:
+            return [(epoch, position) for position in range(self.count)]
+        seen: Counter[int] = Counter()
+        keys: list[tuple[int, ...]] = []
+        for position in self.drawn.tolist():
+            keys.append((epoch, position, seen[position]) if seen[position] else (epoch, position))
+            seen[position] += 1
+        return keys
 
     def _slice(self, groups: np.ndarray) -> np.ndarray:
         if self.training and len(groups) < self.world.size:
