@@ -3,21 +3,18 @@
 python prune.py --weights runs/train/exp/weights/last.pt --data data/mine.yaml --percent 0.5
 """
 
-from engine.prune_flags import add_percent, add_prune_flags, shared
+from engine.prune_flags import Strategy, add_channel_flags, add_prune_flags, start
 from utils.errors import run_script
 from utils.flags import Argv, parser
+
+STRATEGY = Strategy(0.5, "keep")
 
 
 def main(argv: Argv = None) -> None:
     p = parser(__doc__)
     add_prune_flags(p)
-    add_percent(p, 0.5)
-    args = p.parse_args(argv)
-    from engine.prune_run import PruneOptions, run
-    from pruning.policy import PrunePolicy
-
-    policy = PrunePolicy(args.percent, shortcuts="keep")
-    run(PruneOptions(policy=policy, prefix=f"prune_{args.percent:g}_", **shared(args)))
+    add_channel_flags(p, STRATEGY)
+    start(p.parse_args(argv), STRATEGY)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from engine.reporting import write_json
 from models.blocks import flops, parameters
 from models.checkpoint import Model, load_model
 from models.network import fuse
-from pruning.policy import gamma_scores
+from pruning.criteria import gamma_scores
 from pruning.sparsity import near_zero_share
 from utils.device import Precision
 from utils.files import megabytes, write_text

@@ -8,12 +8,13 @@ differently needs no rule of its own: the spaces come out cut at the common refi
 Worked example, `C3` with one residual bottleneck: cv1 makes channels a0..a15, the bottleneck's cv2 makes b0..b15, the shortcut adds
 them, so {a0,b0}, {a1,b1}, ... are one space with the producers cv1 and m.0.cv2; cv2 and cv3 have a space each.
 
-A *member* is a batch norm that acts on a space: in a producer's own block, or in a later `batchnorm` block over a concat. Scores
-belong to members; the policy combines the members of a space into one mask.
+A *member* is a block whose tensors judge a space: a convolution that produces it (by its filters, or by the gammas of its own batch
+norm), or a later `batchnorm` over a concat. Scores belong to members; the policy combines the members of a space into one mask.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -29,6 +30,7 @@ class KeepReason(Enum):
     INPUT = "reads the image"
     FEEDS_YOLO = "head output: its channels are the predictions"
     NO_BATCHNORM = "no batch norm acts on it, so it has no gamma to judge by"
+    NOT_CONFIGURED = "no entry of --config asks for it"
     GROUPED = "grouped convolution"
     SHORTCUT = "tied by a shortcut; this strategy leaves shortcut groups whole"
     EXCLUDED = "excluded by the user"
@@ -62,14 +64,16 @@ class Spaces:
     channels: tuple[np.ndarray, ...]
     count: int
 
+    def keeping(self, producers: Collection[int], reason: KeepReason) -> Spaces:
+        """Keep whole, for `reason`, every space that one of the blocks `producers` has a part in."""
+        hit = set(producers)
+        return replace(self, spaces=tuple(replace(s, keep=s.keep or reason) if hit & set(s.producers) else s for s in self.spaces))
+
     def excluding(self, blocks: Blocks, patterns: tuple[str, ...]) -> Spaces:
         """Keep whole every space with a producer whose name equals or matches one of `patterns` (globs; a path names what is in it)."""
 
-        def hit(space: Space) -> bool:
-            names = [blocks[i].name for i in space.producers]
-            return any(fnmatchcase(n, p) or n.startswith(p + ".") for n in names for p in patterns)
-
-        return replace(self, spaces=tuple(replace(s, keep=s.keep or KeepReason.EXCLUDED) if hit(s) else s for s in self.spaces))
+        named = [i for i, b in enumerate(blocks) if any(fnmatchcase(b.name, p) or b.name.startswith(p + ".") for p in patterns)]
+        return self.keeping(named, KeepReason.EXCLUDED)
 
 
 class _Union:
@@ -145,21 +149,19 @@ def _group(
 ) -> tuple[Space, ...]:
     """Classes with the same producers, batch norms, ties and reason to be kept form a space."""
     producers: list[list[int]] = [[] for _ in range(count)]
-    norms: list[list[int]] = [[] for _ in range(count)]
+    judges: list[list[int]] = [[] for _ in range(count)]
     for index, block in enumerate(blocks):
         for c in classes[index].tolist() if block.kind in ("input", "convolutional") else ():
             producers[c].append(index)
-        for c in classes[index].tolist() if block.has_gamma else ():
-            norms[c].append(index)
+        for c in classes[index].tolist() if block.kind in ("convolutional", "batchnorm") else ():
+            judges[c].append(index)
     groups: dict[tuple, list[int]] = {}
     for c in range(count):
-        groups.setdefault((tuple(producers[c]), tuple(norms[c]), c in tied, reasons.get(c)), []).append(c)
+        groups.setdefault((tuple(producers[c]), tuple(judges[c]), c in tied, reasons.get(c)), []).append(c)
     spaces = []
-    for (made_by, normed_by, is_tied, reason), ids in groups.items():
+    for (made_by, judged_by, is_tied, reason), ids in groups.items():
         ids = np.array(ids)
-        members = tuple((i, _positions(classes[i], ids)) for i in dict.fromkeys(normed_by))
-        if not members:
-            reason = reason or KeepReason.NO_BATCHNORM
+        members = tuple((i, _positions(classes[i], ids)) for i in dict.fromkeys(judged_by))
         spaces.append(Space(ids, tuple(dict.fromkeys(made_by)), members, is_tied, reason))
     return tuple(spaces)
 

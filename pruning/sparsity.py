@@ -35,7 +35,7 @@ def penalised(blocks: Blocks, shortcuts: bool) -> list[str]:
     chosen = set()
     for space in find_spaces(blocks).spaces:
         if space.keep is None and (shortcuts or not space.tied):
-            chosen |= {block for block, _ in space.members}
+            chosen |= {block for block, _ in space.members if blocks[block].has_gamma}
     return [blocks[i].bn_path for i in sorted(chosen)]
 
 

@@ -1,9 +1,9 @@
 """Surgery: (blocks, state dict, mask) -> smaller blocks and state dict; and the folding of what removed channels still carry.
 
-A channel whose gamma is taken as zero still puts out the constant act(beta). `fold_constants` moves it into the batch norm mean or
-bias of whatever reads it, through routes, shortcuts, pools and upsamples; `prune` then only slices. The step is exact for 1x1
-consumers and for the interior pixels of larger ones; at a zero-padded border (a convolution's own, or that of a `zeropad`) it
-over-counts the taps that fall outside.
+A channel whose gamma (without a batch norm: whose filter) is taken as zero still puts out the constant act(beta). `fold_constants` moves
+it into the batch norm mean or bias of whatever reads it, through routes, shortcuts, pools and upsamples; `prune` then only slices. The
+step is exact for 1x1 consumers and for the interior pixels of larger ones; at a zero-padded border (a convolution's own, or that of a
+`zeropad`) it over-counts the taps that fall outside.
 """
 
 from __future__ import annotations
@@ -69,10 +69,8 @@ def _fold_into(block: Block, state: State, carried: Tensor, keep: Tensor) -> Ten
         key, sign = f"{block.conv_path}.bias", 1.0
     else:
         return shift  # a bare convolution absorbs nothing; the batch norm behind it will
+    constant = activation(block.activation)(state[f"{block.bn_path}.bias" if block.has_gamma else key].double())
     state[key] = (state[key].double() + sign * shift).to(state[key].dtype)
-    if not block.has_gamma:
-        return torch.zeros_like(shift)
-    constant = activation(block.activation)(state[f"{block.bn_path}.bias"].double())
     return torch.where(keep, torch.zeros_like(constant), constant)
 
 
@@ -87,19 +85,21 @@ def prune(blocks: Blocks, state: State, spaces: Spaces, mask: np.ndarray) -> tup
 
     Raises `ValueError` where a convolution would be left without a channel.
     """
-    keeps = [mask[ids] for ids in spaces.channels]
-    small, sliced = [], dict(state)
+    keeps, sliced = [mask[ids] for ids in spaces.channels], dict(state)
     for index, block in enumerate(blocks):
         if not keeps[index].any():
             raise ValueError(f"block {block.name or index}: every channel would be removed")
-        width = int(keeps[index].sum())
-        source = keeps[block.inputs[0]] if block.inputs else None
         if block.kind == "convolutional":
-            _slice_conv(block, sliced, source, keeps[index])
+            _slice_conv(block, sliced, keeps[block.inputs[0]], keeps[index])
         if block.has_gamma:
             _slice_norm(block, sliced, keeps[index])
-        small.append(_narrowed(block, width, source))
-    return check(small), sliced
+    return check(narrowed(blocks, spaces, mask)), sliced
+
+
+def narrowed(blocks: Blocks, spaces: Spaces, mask: np.ndarray) -> Blocks:
+    """The structure alone that `prune` leaves: what budgets count with."""
+    keeps = [mask[ids] for ids in spaces.channels]
+    return tuple(_narrowed(b, int(keeps[i].sum()), keeps[b.inputs[0]] if b.inputs else None) for i, b in enumerate(blocks))
 
 
 def _narrowed(block: Block, width: int, source: np.ndarray | None) -> Block:

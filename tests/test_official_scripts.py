@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import prune_run
+from engine import prune_bench
 from models.checkpoint import load_model, save_model
 from tests import official_files
 from tests.helpers import ROOT, write_dataset
@@ -36,7 +36,7 @@ def neither_pictures_nor_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of a script's time at this size, and are tested elsewhere."""
     for name in (name for name in dir(plots) if name.startswith("plot_")):
         monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(prune_run, "latency_ms", lambda networks, *args: dict.fromkeys(networks, 1.0))
+    monkeypatch.setattr(prune_bench, "latency_ms", lambda networks, *args: dict.fromkeys(networks, 1.0))
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from torch import nn
 from models.blocks import Block, Blocks, check
 from models.network import Network
 from pruning import surgery
+from pruning.criteria import gamma_scores
 from pruning.masked import largest_difference, masked_network, zero_gamma
-from pruning.policy import PrunePolicy, Selection, gamma_scores, keep_reason, select_masks
+from pruning.policy import PrunePolicy, Selection, keep_reason, select_masks
 from pruning.spaces import KeepReason, Spaces, find_spaces
 from pruning.surgery import fold_constants, prune
 from tests.helpers import alive, random_blocks, small, stock, with_module
@@ -238,7 +239,7 @@ def test_keep_leaves_shortcut_groups_whole_and_marks_exactly_the_planned_count()
     for space in spaces.spaces:
         if space.tied:
             assert selection.mask[space.classes].all()
-            assert keep_reason(space, POLICIES["prune"]) == KeepReason.SHORTCUT
+            assert keep_reason(space, scores, POLICIES["prune"]) == KeepReason.SHORTCUT
     assert selection.pool == sum(s.width for s in spaces.spaces if s.keep is None and not s.tied)
     assert (~selection.mask).sum() == selection.planned == int(selection.pool * 0.5)
 
@@ -287,8 +288,8 @@ def test_rounding_extends_the_union_by_its_best_dropped_channels() -> None:
     _, spaces, scores, plain = chosen(POLICIES["slim_prune"])
     _, _, _, rounded = chosen(POLICIES["slim_prune_8x"])
     assert (rounded.mask | ~plain.mask).all(), "what the union keeps stays"
-    for space in spaces.spaces:
-        best = np.max([scores[i][p[:, 0]] for i, p in space.members], axis=0) if space.members else np.zeros(space.width)
+    for space in [s for s in spaces.spaces if s.keep is None]:
+        best = np.max([scores[i][p[:, 0]] for i, p in space.members], axis=0)
         added = rounded.mask[space.classes] & ~plain.mask[space.classes]
         dropped = ~rounded.mask[space.classes]
         if added.any() and dropped.any():
