@@ -36,7 +36,7 @@ class KeepReason(Enum):
     EXCLUDED = "excluded by the user"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Space:
     """A set of channel classes with the same producers.
 
@@ -147,19 +147,22 @@ def find_spaces(blocks: Blocks) -> Spaces:
 def _group(
     blocks: Blocks, classes: tuple[np.ndarray, ...], count: int, tied: set[int], reasons: dict[int, KeepReason]
 ) -> tuple[Space, ...]:
-    """Classes with the same producers, batch norms, ties and reason to be kept form a space."""
+    """Classes with the same producers, judges, slices, ties and reason to be kept form a space."""
     producers: list[list[int]] = [[] for _ in range(count)]
     judges: list[list[int]] = [[] for _ in range(count)]
+    slices: list[list[int]] = [[] for _ in range(count)]  # a slice that lost all its channels would leave its readers without input
     for index, block in enumerate(blocks):
         for c in classes[index].tolist() if block.kind in ("input", "convolutional") else ():
             producers[c].append(index)
         for c in classes[index].tolist() if block.kind in ("convolutional", "batchnorm") else ():
             judges[c].append(index)
+        for c in classes[index].tolist() if block.slice is not None else ():
+            slices[c].append(index)
     groups: dict[tuple, list[int]] = {}
     for c in range(count):
-        groups.setdefault((tuple(producers[c]), tuple(judges[c]), c in tied, reasons.get(c)), []).append(c)
+        groups.setdefault((tuple(producers[c]), tuple(judges[c]), tuple(slices[c]), c in tied, reasons.get(c)), []).append(c)
     spaces = []
-    for (made_by, judged_by, is_tied, reason), ids in groups.items():
+    for (made_by, judged_by, _, is_tied, reason), ids in groups.items():
         ids = np.array(ids)
         members = tuple((i, _positions(classes[i], ids)) for i in dict.fromkeys(judged_by))
         spaces.append(Space(ids, tuple(dict.fromkeys(made_by)), members, is_tied, reason))
