@@ -27,7 +27,12 @@ DATA = "--data data/digits.yaml --img 128"
 TRAIN = f"{DATA} --batch 16 --cache ram --workers 1 --optimizer AdamW --project {RUNS}"
 EPOCHS = {"base": 13, "sparse": 11, "finetune": 5, "distill": 5, "scratch": 10}
 MARKERS = ("<!-- demo table: written by `python demo.py --publish` -->", "<!-- end of demo table -->")
-PERCENT = {"prune": 0.6, "shortcut_prune": 0.6, "slim_prune": 0.7, "slim_prune_8x": 0.7}
+AMOUNT = {
+    "prune": "--percent 0.6",
+    "shortcut_prune": "--percent 0.6",
+    "slim_prune": "--global_percent 0.7",
+    "slim_prune_8x": "--target-flops 0.5",
+}
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,13 @@ class Step:
 def steps() -> list[Step]:
     """Every step of the demo, in order."""
     base, sparse = RUNS / "base/weights/best.pt", RUNS / "sparse/weights/last.pt"
-    pair = RUNS / f"slim_prune_8x/prune_{PERCENT['slim_prune_8x']:g}_keep_0.01_8x_last"
+    pair = RUNS / "slim_prune_8x/prune_flops_0.5_keep_0.01_8x_last"
     tuned = f"finetune_pruned.py --weights {pair}.pt --hyp hyp.digits-finetune.yaml"
     penalty = "--hyp hyp.digits-sparse.yaml --sr 0.015 --sr-decay --prune 1"
     return [
         _train("base", "train", "train.py --cfg models/yolov5n.yaml --weights '' --hyp hyp.digits.yaml"),
         _train("sparse", "train sparsely", f"train_sparsity.py --weights {base} {penalty}"),
-        *(_prune(name, percent, sparse) for name, percent in PERCENT.items()),
+        *(_prune(name, amount, sparse) for name, amount in AMOUNT.items()),
         _train("finetune", "fine-tune", tuned),
         _train("distill", "fine-tune with distillation", f"{tuned} --distill --t_weight {sparse}"),
         _train("scratch", "train the pruned cfg from scratch", f"train.py --cfg {pair}.cfg --weights '' --hyp hyp.digits.yaml"),
@@ -70,9 +75,8 @@ def _detect(weights: Path) -> Step:
     return Step("detect", "detect", f"prune_detect.py --weights {weights} {source} --project {RUNS} --name detect --exist-ok")
 
 
-def _prune(name: str, percent: float, weights: Path) -> Step:
-    flag = "global_percent" if name.startswith("slim") else "percent"
-    command = f"{name}.py --weights {weights} --{flag} {percent:g} {DATA} --project {RUNS} --name {name} --exist-ok"
+def _prune(name: str, amount: str, weights: Path) -> Step:
+    command = f"{name}.py --weights {weights} {amount} {DATA} --project {RUNS} --name {name} --exist-ok"
     return Step(name, f"prune: {name}.py", command)
 
 
