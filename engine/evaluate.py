@@ -17,6 +17,7 @@ from engine.tta import AUGMENTED, PLAIN, View, candidates
 from models.network import Network
 from utils.boxes import denormalise, scale_boxes, xywh_to_xyxy
 from utils.dataset import Batch, EpochLoader
+from utils.decode import Level
 from utils.device import Precision, ReusedImages
 from utils.loss import DetectionLoss
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
@@ -136,7 +137,7 @@ def evaluate(
     shared = world.size > 1  # then the main process's sink waits for the images of the others
     each = tally.keep if shared and on_image else on_image
     batches = on_batch if world.is_main else None
-    after = _After(tally, options, views, network.anchors.to(precision.device), network.strides, each, batches)
+    after = _After(tally, options, views, [level.to(precision.device) for level in network.levels], each, batches)
     bar = tqdm(
         loader.epoch(0),
         total=len(loader),
@@ -173,8 +174,7 @@ class _After:
     tally: _Tally
     options: EvaluateOptions
     views: Sequence[View]
-    anchors: Tensor
-    strides: Sequence[int]
+    levels: Sequence[Level]
     on_image: ImageSink | None
     on_batch: BatchSink | None
 
@@ -182,7 +182,7 @@ class _After:
     def __call__(self, batch: Batch, maps: list[list[Tensor]]) -> None:
         """`maps`: per view, level by level."""
         o, start = self.options, time.perf_counter()
-        rows = candidates(maps, self.views, self.anchors, self.strides, batch.images.shape[3], o.conf_thres)
+        rows = candidates(maps, self.views, self.levels, batch.images.shape[3], o.conf_thres)
         detections = non_max_suppression(rows, o.conf_thres, o.iou_thres, multi_label=True, agnostic=o.single_cls, max_det=o.max_det)
         detections = [d.cpu() for d in detections]
         self.tally.times[2] += time.perf_counter() - start

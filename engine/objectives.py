@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.seams import Forward
 from models.network import Network
-from utils.decode import decode_boxes, split_anchors
+from utils.decode import Level, decode_boxes, split_anchors
 from utils.loss import DetectionLoss
 
 
@@ -41,7 +41,7 @@ class DistillationObjective:
 
     With a = the teacher's objectness probability of each anchor cell (detached), per level and summed over levels::
 
-        box = sum(a * (mean |d centre| in cells + mean |d side| / t's side)) / sum(a)     decoded as YOLOv5 decodes them
+        box = sum(a * (mean |d centre| in cells + mean |d side| / t's side)) / sum(a)     each decoded as its network decodes
         obj = sum(KL(a || sigmoid(s_obj))) / sum(a)
         cls = sum(a * mean KL(sigmoid(t_cls) || sigmoid(s_cls))) / sum(a)
         term = weight * (box * options.box + obj * options.obj + cls * options.cls) * batch size / levels
@@ -57,25 +57,25 @@ class DistillationObjective:
     def __init__(self, loss: DetectionLoss, teacher: Network, anchors: Tensor, options: DistillOptions = DistillOptions()) -> None:
         """`anchors`: the student's, (levels, na, 2) in pixels."""
         self.loss, self.teacher, self.options = loss, teacher.eval().requires_grad_(False), options
-        self.anchors = list(zip(anchors, teacher.anchors))
+        self.heads = list(zip(anchors, teacher.levels))
 
     def __call__(self, network: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         maps = network(images)
         total, parts = self.loss(maps, targets)
         with torch.no_grad():
             wanted = self.teacher(images)
-        attention = [split_anchors(t, len(a)).float()[..., 4].sigmoid() for t, (a, _) in zip(wanted, self.anchors)]
+        attention = [split_anchors(t, len(a)).float()[..., 4].sigmoid() for t, (a, _) in zip(wanted, self.heads)]
         counts = torch.stack([*(a.sum() for a in attention), attention[0].new_tensor(len(images))])
         sums = self.loss.world.total(counts)
-        levels = zip(maps, wanted, attention, self.anchors, self.loss.world.share(counts, sums))
-        term = sum(self._level(s, t, a, *anchors) * share for s, t, a, anchors, share in levels) * (self.options.weight / len(maps))
+        levels = zip(maps, wanted, attention, self.heads, self.loss.world.share(counts, sums))
+        term = sum(self._level(s, t, a, *heads) * share for s, t, a, heads, share in levels) * (self.options.weight / len(maps))
         return total + term * (sums[-1] * self.loss.samples), torch.cat((parts, term.detach().view(1)))
 
-    def _level(self, student: Tensor, teacher: Tensor, attention: Tensor, anchors: Tensor, teacher_anchors: Tensor) -> Tensor:
+    def _level(self, student: Tensor, teacher: Tensor, attention: Tensor, anchors: Tensor, head: Level) -> Tensor:
         o, na = self.options, len(anchors)
         s, t = split_anchors(student, na).float(), split_anchors(teacher, na).float()
-        own, theirs = (a.to(student.device).view(na, 1, 1, 2) for a in (anchors, teacher_anchors))
-        (s_xy, s_wh), (t_xy, t_wh) = decode_boxes(s[..., :4], own), decode_boxes(t[..., :4], theirs)
+        own, theirs = (a.to(student.device).view(na, 1, 1, 2) for a in (anchors, head.anchors))
+        (s_xy, s_wh), (t_xy, t_wh) = decode_boxes(s[..., :4], own), head.boxes(t[..., :4], theirs)
         box = (s_xy - t_xy).abs().sum(-1) / 2 + ((s_wh - t_wh).abs() / t_wh.clamp(min=1.0)).sum(-1) / 2
         loss = o.box * (attention * box).sum() + o.obj * _binary_kl(t[..., 4], s[..., 4]).sum()
         if s.shape[-1] > 6:  # more than one class

@@ -67,7 +67,7 @@ class Predictor:
     def __init__(self, network: Network, imgsz: tuple[int, int], precision: Precision, augment: bool = False) -> None:
         self.network = inference_network(network, precision)
         self.imgsz, self.precision, self.views = imgsz, precision, AUGMENTED if augment else PLAIN
-        self.anchors = network.anchors.to(precision.device)
+        self.levels = [level.to(precision.device) for level in network.levels]
 
     def __call__(self, images: Sequence[np.ndarray], limits: Limits = Limits()) -> list[Detections]:
         """Detect in (H, W, 3) BGR uint8 images; those that are letterboxed to one shape go through the network together."""
@@ -97,7 +97,7 @@ class Predictor:
         times.append(self.precision.clock())
         with self.precision.autocast():
             maps = [self.network(view.of(images, self.network.max_stride)) for view in self.views]
-        predictions = candidates(maps, self.views, self.anchors, self.network.strides, images.shape[3], limits.conf)
+        predictions = candidates(maps, self.views, self.levels, images.shape[3], limits.conf)
         times.append(self.precision.clock())
         found = non_max_suppression(predictions, limits.conf, limits.iou, limits.classes, limits.agnostic, max_det=limits.max_det)
         rows = [f.cpu() for f in found]

@@ -164,6 +164,11 @@ def _read_data(options: TrainOptions, stride: int, world: World) -> _Data:
 
 def _for_data(blocks: Blocks, data: _Data, hyp: dict[str, float], options: TrainOptions) -> Blocks:
     """Set the number of classes to the data's and that of anchors to the hyp file's, and fit the anchors unless `--noautoanchor`."""
+    if any(b.exp or b.scale_x_y != 2.0 for b in blocks if b.kind == "yolo"):
+        raise InputError(
+            f"{options.cfg or options.weights}: its boxes are decoded in Darknet's way, which the training loss does not know; it can be detected "
+            "with, evaluated, pruned, exported and used as a teacher; train one with YOLOv5's decoding (--cfg models/yolov5s.yaml)"
+        )
     if any(b.classes != data.nc for b in blocks if b.kind == "yolo"):
         blocks = read_cfg_text(write_cfg(blocks), "model", data.nc)
     if hyp["anchors"]:

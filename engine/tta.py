@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.decode import decode_candidates
+from utils.decode import Level, decode_candidates
 
 PAD = 0.447  # ImageNet's mean grey
 
@@ -52,16 +52,16 @@ AUGMENTED = (View(levels=(None, -1)), View(0.83, flip=True), View(0.67, levels=(
 
 
 def candidates(
-    maps: Sequence[Sequence[Tensor]], views: Sequence[View], anchors: Tensor, strides: Sequence[int], width: int, threshold: float
+    maps: Sequence[Sequence[Tensor]], views: Sequence[View], levels: Sequence[Level], width: int, threshold: float
 ) -> list[Tensor]:
     """Decode what can be a detection in any of the views: per image (n, 5 + nc), views one after another.
 
-    maps: per view the raw head maps, level by level.  anchors: (levels, na, 2) in pixels.  width: of the images, pixels.
+    maps: per view the raw head maps, level by level.  levels: how each level decodes.  width: of the images, pixels.
     threshold: least objectness.  A detector with one level keeps it in every view.
     """
     found = []
     for raw, view in zip(maps, views):
-        levels = slice(*view.levels) if len(strides) > 1 else slice(None)
-        rows = decode_candidates(raw[levels], anchors[levels], strides[levels], threshold)
+        kept = slice(*view.levels) if len(levels) > 1 else slice(None)
+        rows = decode_candidates(raw[kept], levels[kept], threshold)
         found.append([view.back(r, width) for r in rows])
     return [torch.cat(parts) for parts in zip(*found)]

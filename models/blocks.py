@@ -53,6 +53,8 @@ class Block:
     level: int = 0  # yolo: index into Detect's level order
     anchors: tuple[tuple[float, float], ...] = ()  # yolo: this level's anchors (width, height) in pixels
     classes: int = 0  # yolo
+    scale_x_y: float = 2.0  # yolo: in its cell, a centre is at scale * sigmoid - (scale - 1) / 2
+    exp: bool = False  # yolo: a side is e^t x its anchor; otherwise (2 sigmoid)^2 x its anchor, as in YOLOv5
 
     @property
     def has_gamma(self) -> bool:

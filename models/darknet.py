@@ -15,8 +15,10 @@ Most of what Darknet does not have can be rewritten without changing a value, an
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from models.blocks import Block, Blocks, consumers
+from models.checkpoint import Model
 
 Readers = list[list[int]]
 
@@ -82,3 +84,11 @@ _RULES: dict[str, Callable[[Blocks, Readers, int], str | None]] = {
     "route": _route,
     "yolo": _yolo,
 }
+
+
+def write_pair(model: Model, cfg: Path, height: int, width: int) -> Path:
+    """Write `cfg`, the `.weights` and the `.names` beside it for images of `height` x `width`; return the path of the weights.
+
+    Raise `InputError` naming the block for what has no exact Darknet form.
+    """
+    raise NotImplementedError

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import Block, Blocks, check, consumers, flops, heads, image_multiple, parameters, strides
+from utils.decode import Level
 
 _ACTIVATIONS: dict[str, Callable[[bool], nn.Module]] = {
     "linear": lambda inplace: nn.Identity(),
@@ -84,6 +85,12 @@ class Network(nn.Module):
     def anchors(self) -> Tensor:
         """Anchors (levels, na, 2) in pixels."""
         return torch.tensor([self.blocks[i].anchors for i in self.heads], dtype=torch.float32)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """How each level of the head decodes, in Detect's order."""
+        heads = [self.blocks[i] for i in self.heads]
+        return tuple(Level(torch.tensor(b.anchors), s, b.scale_x_y, b.exp) for b, s in zip(heads, self.strides))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         live: dict[int, Tensor] = {0: x}

@@ -37,8 +37,8 @@ def maps(network: Network) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.001, 0.25, 0.7, 0.999999, 1.0])
 def test_candidates_are_the_rows_of_decode_above_the_threshold(network: Network, maps: list[torch.Tensor], threshold: float) -> None:
-    whole = decode(maps, network.anchors, network.strides)
-    few = decode_candidates(maps, network.anchors, network.strides, threshold)
+    whole = decode(maps, network.levels)
+    few = decode_candidates(maps, network.levels, threshold)
     assert len(few) == 3
     for rows, all_rows in zip(few, whole):
         rows = rows[rows[:, 4] > threshold]
@@ -48,16 +48,16 @@ def test_candidates_are_the_rows_of_decode_above_the_threshold(network: Network,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_candidates_of_half_precision_maps_are_decoded_in_float32(network: Network, maps: list[torch.Tensor], dtype: torch.dtype) -> None:
     half = [m.to(dtype) for m in maps]
-    whole = decode(half, network.anchors, network.strides)
-    few = decode_candidates(half, network.anchors, network.strides, 0.4)
+    whole = decode(half, network.levels)
+    few = decode_candidates(half, network.levels, 0.4)
     for rows, all_rows in zip(few, whole):
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows[rows[:, 4] > 0.4], all_rows[all_rows[:, 4] > 0.4], rtol=1e-6, atol=1e-5)
 
 
 def test_the_same_detections_with_and_without_candidates(network: Network, maps: list[torch.Tensor]) -> None:
-    whole = non_max_suppression(decode(maps, network.anchors, network.strides), 0.3, 0.6, multi_label=True)
-    few = non_max_suppression(decode_candidates(maps, network.anchors, network.strides, 0.3), 0.3, 0.6, multi_label=True)
+    whole = non_max_suppression(decode(maps, network.levels), 0.3, 0.6, multi_label=True)
+    few = non_max_suppression(decode_candidates(maps, network.levels, 0.3), 0.3, 0.6, multi_label=True)
     assert sum(len(d) for d in whole) > 100
     for a, b in zip(few, whole):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
@@ -106,16 +106,16 @@ def test_a_box_comes_back_to_where_it_was(view: View) -> None:
 def test_views_leave_out_the_level_that_is_wrong_for_them(network: Network) -> None:
     images = torch.rand(1, 3, 64, 64)
     maps = [network(view.of(images, network.max_stride)) for view in AUGMENTED]
-    rows = candidates(maps, AUGMENTED, network.anchors, network.strides, 64, 0.0)[0]
+    rows = candidates(maps, AUGMENTED, network.levels, 64, 0.0)[0]
     counts = [[m.shape[2] * m.shape[3] * 3 for m in level] for level in maps]
     assert len(rows) == counts[0][0] + sum(counts[1]) + counts[2][1]
-    fine = decode(maps[0], network.anchors, network.strides)[0][: counts[0][0]]
+    fine = decode(maps[0], network.levels)[0][: counts[0][0]]
     torch.testing.assert_close(rows[: len(fine)], fine, rtol=1e-6, atol=1e-5)
 
 
 def test_one_view_of_scale_1_equals_plain_inference(network: Network, maps: list[torch.Tensor]) -> None:
-    plain = decode(maps, network.anchors, network.strides)
-    for rows, expected in zip(candidates([maps], PLAIN, network.anchors, network.strides, 96, 0.0), plain):
+    plain = decode(maps, network.levels)
+    for rows, expected in zip(candidates([maps], PLAIN, network.levels, 96, 0.0), plain):
         torch.testing.assert_close(rows, expected, rtol=1e-6, atol=1e-5)
 
 
