@@ -4,13 +4,13 @@ python val.py --weights runs/train/exp/weights/best.pt --data data/mine.yaml --i
 """
 
 from utils.errors import run_script
-from utils.flags import Argv, add_device, add_run, add_size, parser
+from utils.flags import Argv, add_cfg, add_device, add_run, add_size, parser
 
 
 def main(argv: Argv = None) -> None:
     p = parser(__doc__)
     p.add_argument("--weights", required=True, help="any checkpoint: ours, a pruned one, a YOLOv5 .pt")
-    p.add_argument("--cfg", default="", help="structure (.yaml or .cfg) if not the checkpoint's own")
+    add_cfg(p)
     p.add_argument("--data", default="data/digits.yaml", help="dataset .yaml, or Darknet .data")
     add_size(p, None)
     p.add_argument("--batch-size", "--batch", type=int, default=32)

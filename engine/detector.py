@@ -26,13 +26,15 @@ _COLUMNS = ("xmin", "ymin", "xmax", "ymax", "confidence", "class", "name")
 def load(
     weights: str | Path, cfg: str | Path = "", device: str = "", conf: float = 0.25, iou: float = 0.45, imgsz: int | tuple[int, int] | None = None,
     classes: Sequence[int] | None = None, max_det: int = 1000, agnostic: bool = False, half: bool = False, augment: bool = False,
+    dialect: str = "auto",
 ) -> Detector:  # fmt: skip
     """Load any checkpoint (ours, a pruned one, a YOLOv5 `.pt`; with `cfg` a pair) for detection.
 
     `imgsz`: side, or (height, width), that a picture is letterboxed into; None: the size it was trained at. `device`: "cpu", "0", or ""
-    for CUDA where there is one. `augment`: with test-time augmentation. Raises `InputError` for whatever does not fit, naming it.
+    for CUDA where there is one. `augment`: with test-time augmentation. `dialect`: whose cfg it is,
+    told by its keys if "auto". Raises `InputError` for whatever does not fit, naming it.
     """
-    model = load_model(weights, cfg or None)
+    model = load_model(weights, cfg or None, dialect)
     sides = (imgsz,) if isinstance(imgsz, int) else tuple(imgsz) if imgsz is not None else None
     detector = Detector(build_predictor(model, sides, device, half, augment), model.names)
     detector.conf, detector.iou, detector.max_det, detector.agnostic = conf, iou, max_det, agnostic

@@ -23,6 +23,7 @@ class TrainOptions:
     data: str
     weights: str = ""
     cfg: str = ""
+    dialect: str = "auto"
     hyp: str = "hyp.scratch-low.yaml"
     epochs: int = 100
     batch_size: int = 16

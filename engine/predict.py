@@ -27,6 +27,7 @@ class PredictOptions:
     weights: str
     source: str
     cfg: str = ""
+    dialect: str = "auto"
     imgsz: tuple[int, ...] | None = None
     limits: Limits = Limits()
     kept: Kept = Kept()
@@ -49,7 +50,7 @@ def predict(options: PredictOptions) -> Path:
     """Detect in every frame of `options.source`; return the run folder. Nothing is written before the first frame was read."""
     if options.view_img:
         _check_windows()
-    model = load_model(options.weights, options.cfg or None)
+    model = load_model(options.weights, options.cfg or None, options.dialect)
     check_classes(options.limits.classes, model.names, "--classes")
     predictor = build_predictor(model, options.imgsz, options.device, options.half, options.augment)
     with closing(frames(options.source, options.vid_stride)) as source:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pruning.choices import CRITERIA, EQUALIZE, NORMALIZE
 from utils.errors import InputError
-from utils.flags import Parser, add_device, add_run, add_size
+from utils.flags import Parser, add_cfg, add_device, add_run, add_size
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Strategy:
 def add_prune_flags(p: Parser) -> None:
     """What every pruning script takes."""
     p.add_argument("--weights", required=True, help="any checkpoint: ours, a pruned one, a YOLOv5 .pt")
-    p.add_argument("--cfg", default="", help="structure (.yaml or .cfg) if not the checkpoint's own")
+    add_cfg(p)
     p.add_argument("--data", default="data/digits.yaml", help="dataset .yaml, or Darknet .data")
     add_size(p, None)
     p.add_argument("--batch-size", "--batch", type=int, default=16, help="for evaluations, calibration and recalibration")
@@ -66,7 +66,7 @@ def add_layer_keep(p: Parser) -> None:
 
 def shared(args: argparse.Namespace) -> dict[str, Any]:
     """The shared flags as fields of `PruneOptions`, without `prefix`."""
-    same = "weights data cfg imgsz batch_size device workers recalibrate dry_run project name exist_ok"
+    same = "weights data cfg dialect imgsz batch_size device workers recalibrate dry_run project name exist_ok"
     return {key: getattr(args, key) for key in same.split()} | {"exclude": tuple(args.exclude)}
 
 

@@ -45,6 +45,7 @@ class PruneOptions:
     data: str
     prefix: str
     cfg: str = ""
+    dialect: str = "auto"
     imgsz: int | None = None
     batch_size: int = 16
     device: str = ""
@@ -90,7 +91,7 @@ class Job:
 
 def prepare(options: PruneOptions) -> Job:
     """Load the checkpoint and the validation data; raise `InputError` for whatever does not fit."""
-    model = with_batch_norms(load_model(options.weights, options.cfg or None), options.weights)
+    model = with_batch_norms(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
     device = select_device(options.device)
     imgsz = multiple(options.imgsz or model.imgsz, image_multiple(model.blocks))
     bench = None

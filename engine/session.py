@@ -141,15 +141,19 @@ def precision_text(precision: Precision) -> str:
 def _structure(options: TrainOptions) -> tuple[Blocks, dict | None]:
     """The structure to train, with its own number of classes, and the tensors to start from."""
     if options.strict and options.weights:
-        model = with_batch_norms(load_model(options.weights, options.cfg or None), options.weights)
+        model = with_batch_norms(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
         return model.blocks, model.state
     if options.weights:
         model = with_batch_norms(load_model(options.weights), options.weights)
-        blocks = with_anchors_of(model.blocks, read_structure(options.cfg), options.cfg) if options.cfg else model.blocks
+        blocks = (
+            with_anchors_of(model.blocks, read_structure(options.cfg, dialect=options.dialect), options.cfg)
+            if options.cfg
+            else model.blocks
+        )
         return blocks, model.state
     if not options.cfg:
         raise InputError("give --weights (a checkpoint to start from), --cfg (a model yaml or cfg to train from scratch), or both")
-    return read_structure(options.cfg), None
+    return read_structure(options.cfg, dialect=options.dialect), None
 
 
 def _read_data(options: TrainOptions, stride: int, world: World) -> _Data:

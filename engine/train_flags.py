@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.options import TrainOptions
-from utils.flags import Parser, add_device, add_run, add_size
+from utils.flags import Parser, add_cfg, add_device, add_run, add_size
 
 
 def add_train_flags(p: Parser, epochs: int, hyp: str = "hyp.scratch-low.yaml", project: str = "runs/train") -> None:
     """YOLOv5's training flags."""
     p.add_argument("--weights", default="", help="checkpoint to start from: ours or a YOLOv5 .pt; empty: from scratch")
-    p.add_argument("--cfg", "--model-cfg", "--yaml-cfg", default="", help="structure: a model .yaml or a .cfg; empty: the checkpoint's own")
+    add_cfg(p, "--model-cfg", "--yaml-cfg", text="structure: a model .yaml or a .cfg; empty: the checkpoint's own")
     p.add_argument("--data", default="data/digits.yaml", help="dataset .yaml, or Darknet .data")
     p.add_argument("--hyp", default=hyp, help="hyper-parameters (a path, or a name in data/hyps)")
     p.add_argument("--epochs", type=int, default=epochs)
@@ -50,8 +50,8 @@ def train_options(args: argparse.Namespace, **extra: Any) -> TrainOptions:
     """`TrainOptions` from the shared flags; `extra` are those of one script."""
     name = Path(args.cfg).stem if args.name == "cfg" and args.cfg else args.name
     same = (
-        "weights cfg data hyp epochs batch_size imgsz rect quad multi_scale image_weights sync_bn nosave noval noautoanchor cache device workers single_cls cos_lr "
-        "label_smoothing patience save_period seed project exist_ok"
+        "weights cfg dialect data hyp epochs batch_size imgsz rect quad multi_scale image_weights sync_bn nosave noval noautoanchor cache device workers single_cls "
+        "cos_lr label_smoothing patience save_period seed project exist_ok"
     )
     values = {key: getattr(args, key) for key in same.split()}
     values["workers"] = 8 if args.workers is None else args.workers

@@ -42,6 +42,7 @@ class ValOptions:
     weights: str
     data: str
     cfg: str = ""
+    dialect: str = "auto"
     imgsz: int | None = None
     batch_size: int = 32
     conf_thres: float = 0.001
@@ -73,7 +74,7 @@ def validate(options: ValOptions) -> Path:
 def _validate(options: ValOptions, world: World) -> Path:
     speed = options.task == "speed"
     split = "val" if speed else options.task
-    model = load_model(options.weights, options.cfg or None)
+    model = load_model(options.weights, options.cfg or None, options.dialect)
     config = read_data(options.data, (split,))
     _check_classes(model, config, options)
     names = _names(model, config)

@@ -49,7 +49,12 @@ class Block:
     bn_eps: float = YOLO_BN_EPS
     bn_momentum: float = YOLO_BN_MOMENTUM
     slice: tuple[int, int] | None = None  # route with one input: the channels [start, stop)
-    pads: tuple[int, int, int, int] = (0, 0, 0, 0)  # zeropad: zeros put left, right, above and below
+    pads: tuple[int, int, int, int] = (
+        0,
+        0,
+        0,
+        0,
+    )  # left, right, above, below: zeros of a zeropad; of a maxpool what never wins, beside `padding`
     level: int = 0  # yolo: index into Detect's level order
     anchors: tuple[tuple[float, float], ...] = ()  # yolo: this level's anchors (width, height) in pixels
     classes: int = 0  # yolo
@@ -188,8 +193,12 @@ def _check_one(blocks: Sequence[Block], index: int, block: Block) -> None:
         raise InputError(f"{where}: inputs {block.inputs} must be earlier blocks")
     if block.size < 1 or block.stride < 1 or block.padding < 0 or block.groups < 1:
         raise InputError(f"{where}: size, stride and groups must be at least 1 and padding at least 0")
-    if min(block.pads) < 0 or (any(block.pads) and block.kind != "zeropad"):
-        raise InputError(f"{where}: pads {block.pads} belong to a zeropad and must be at least 0")
+    if min(block.pads) < 0 or (any(block.pads) and block.kind not in ("zeropad", "maxpool")):
+        raise InputError(f"{where}: pads {block.pads} belong to a zeropad or maxpool and must be at least 0")
+    if block.kind == "maxpool" and any(block.pads) and block.padding + max(block.pads) >= block.size:
+        raise InputError(f"{where}: a pool of size {block.size} cannot be padded by {block.padding} and {block.pads}")
+    if not 0 < block.scale_x_y < 100:
+        raise InputError(f"{where}: scale_x_y={block.scale_x_y} must be positive")
     got = kind.channels(block, [blocks[i].channels for i in block.inputs])
     if got != block.channels or got < 1:
         raise InputError(f"{where}: has channels={block.channels}, its inputs give {got}")
@@ -266,15 +275,14 @@ def resolutions(blocks: Blocks, height: int, width: int) -> list[tuple[int, int]
             sizes.append((height, width))
             continue
         h, w = sizes[block.inputs[0]]
+        left, right, above, below = block.pads
+        h, w = h + above + below, w + left + right
         if block.kind in ("convolutional", "maxpool"):
             h, w = ((side + 2 * block.padding - block.size) // block.stride + 1 for side in (h, w))
         elif block.kind == "upsample":
             h, w = h * block.stride, w * block.stride
         elif block.kind == "focus":
             h, w = h // 2, w // 2
-        elif block.kind == "zeropad":
-            left, right, above, below = block.pads
-            h, w = h + above + below, w + left + right
         sizes.append((h, w))
     return sizes
 

@@ -1,4 +1,4 @@
-"""Blocks <-> Darknet-style cfg text, lossless in both directions.
+"""Blocks <-> cfg text in our own dialect, lossless in both directions. (Other programs' cfg files: `models/foreign.py`.)
 
 Sections and keys are Darknet's; what Darknet cannot say is added as keys of ours: `name=` (the YOLOv5 path under which the
 tensors stand), `bn_eps`/`bn_momentum` (in `[net]` for the whole model, in a section where it differs), a `slice=` on a route, and
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from models.blocks import ACTIVATIONS, Block, Blocks, check, image_block, make
+from models.cfg_text import Section, check_known, parse, with_classes
 from utils.errors import InputError, did_you_mean
 
 _ALIASES = {"swish": "silu", "SiLU": "silu", "Hardswish": "hardswish"}
@@ -24,7 +24,7 @@ _KEYS: dict[str, set[str]] = {
     "route": {"name", "layers", "slice"},
     "shortcut": {"name", "from", "activation"},
     "upsample": {"name", "stride"},
-    "maxpool": {"name", "size", "stride", "padding"},
+    "maxpool": {"name", "size", "stride", "padding", "pads"},
     "zeropad": {"name", "padding"},
     "focus": {"name"},
     "yolo": {"name", "mask", "anchors", "classes", "num", "new_coords", "scale_x_y"},
@@ -99,7 +99,8 @@ def _conv_keys(block: Block, writer: _Writer) -> dict[str, object]:
 
 def _pool_keys(block: Block, writer: _Writer) -> dict[str, object]:
     # Darknet's `padding` of a pool is the total of both sides, size - 1 where it is not written.
-    extra = {} if 2 * block.padding == block.size - 1 else {"padding": 2 * block.padding}
+    extra: dict[str, object] = {} if 2 * block.padding == block.size - 1 else {"padding": 2 * block.padding}
+    extra |= {"pads": ",".join(map(str, block.pads))} if any(block.pads) else {}
     return {"size": block.size, "stride": block.stride} | extra
 
 
@@ -115,8 +116,8 @@ def _yolo_keys(block: Block, writer: _Writer) -> dict[str, object]:
         "anchors": anchors,
         "classes": block.classes,
         "num": sum(len(b.anchors) for b in levels),
-        "new_coords": 1,
-        "scale_x_y": 2.0,
+        "new_coords": int(not block.exp),
+        "scale_x_y": block.scale_x_y,
     }
 
 
@@ -135,61 +136,16 @@ _FIELDS = {
 # ---- reading -------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Section:
-    """A cfg section with the line on which it opens; typed look-ups raise `InputError` with file, line and key."""
-
-    kind: str
-    where: str
-    values: dict[str, str]
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        try:
-            return int(value)
-        except (TypeError, ValueError):
-            raise InputError(f"{self.where}: {key}={value} must be a whole number") from None
-
-    def number(self, key: str, default: float) -> float:
-        try:
-            return float(self.values.get(key, default))
-        except ValueError:
-            raise InputError(f"{self.where}: {key}={self.values[key]} must be a number") from None
-
-    def numbers(self, key: str, kind: type = int) -> list:
-        try:
-            return [kind(v) for v in self.values[key].replace(" ", "").split(",") if v]
-        except (KeyError, ValueError):
-            raise InputError(f"{self.where}: {key}={self.values.get(key)} must be numbers with commas between them") from None
-
-
-def read_cfg(path: Path, classes: int | None = None) -> Blocks:
-    """Read a cfg file; see `read_cfg_text`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file, so no cfg") from None
-    return read_cfg_text(text, str(path), classes)
-
-
 def read_cfg_text(text: str, source: str = "cfg", classes: int | None = None) -> Blocks:
     """Read cfg text into blocks. `classes` replaces the number of classes (and the widths of the convolutions before `[yolo]`).
 
     Raise `InputError` naming `source`, the line and the key for whatever is unknown or does not fit.
     """
-    sections = _sections(text, source)
-    if not sections or sections[0].kind != "net":
-        raise InputError(f"{source}: a cfg begins with a [net] section")
-    net, sections = sections[0], sections[1:]
-    if not any("name" in s.values for s in sections):
-        raise InputError(
-            f"{source}: its sections carry no name=, so it is not this project's cfg dialect; cfg files of other programs are not read yet. "
-            "Write one from a yaml: python -m models.convert models/yolov5s.yaml --out cfg/yolov5s.cfg"
-        )
+    net, sections = parse(text, source)
+    net.check_keys(_NET_KEYS)
+    check_known(sections, _KEYS)
     if classes is not None:
-        sections = _with_classes(sections, classes)
+        sections = with_classes(sections, classes)
     norm = (net.number("bn_eps", Block("").bn_eps), net.number("bn_momentum", Block("").bn_momentum))
     blocks = [image_block(net.integer("channels", 3), f"{source} [net]: channels")]
     place: list[int] = []  # block index of every section
@@ -201,46 +157,9 @@ def read_cfg_text(text: str, source: str = "cfg", classes: int | None = None) ->
         raise InputError(f"{source}: {error}") from None
 
 
-def _sections(text: str, source: str) -> list[_Section]:
-    sections: list[_Section] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        line = line.split("#")[0].strip()
-        where = f"{source} line {number}"
-        if not line:
-            continue
-        if line.startswith("["):
-            kind = line.strip("[] ")
-            if kind != "net" and kind not in _KEYS:
-                raise InputError(f"{where}: unknown section [{kind}]{did_you_mean(kind, _KEYS)}")
-            sections.append(_Section(kind, f"{where} [{kind}]", {}))
-            continue
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or not sections:
-            raise InputError(f"{where}: expected [section] or key=value, got {line!r}")
-        known = _NET_KEYS if sections[-1].kind == "net" else _KEYS[sections[-1].kind]
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r} in [{sections[-1].kind}]{did_you_mean(key, known)}")
-        if key in sections[-1].values:
-            raise InputError(f"{where}: {key} stands twice in one section")
-        sections[-1].values[key] = value
-    return sections
-
-
-def _with_classes(sections: list[_Section], classes: int) -> list[_Section]:
-    """Set `classes` in every [yolo] and the filters of the convolution above it."""
-    changed = list(sections)
-    for i, section in enumerate(sections):
-        if section.kind == "yolo" and i and sections[i - 1].kind == "convolutional":
-            na = len(section.numbers("mask"))
-            changed[i] = _Section(section.kind, section.where, section.values | {"classes": str(classes)})
-            above = sections[i - 1]
-            changed[i - 1] = _Section(above.kind, above.where, above.values | {"filters": str(na * (classes + 5))})
-    return changed
-
-
-def _append(section: _Section, blocks: list[Block], place: list[int], norm: tuple[float, float]) -> int:
+def _append(section: Section, blocks: list[Block], place: list[int], norm: tuple[float, float]) -> int:
     """Append the section's block and return its index (that of its input, where it only repeats an earlier output)."""
-    inputs = _inputs(section, place)
+    inputs = section.inputs(place)
     name = section.values.get("name", "")
     if section.kind == "route" and len(inputs) == 1 and not name and "slice" not in section.values:
         return inputs[0]
@@ -257,21 +176,7 @@ def _append(section: _Section, blocks: list[Block], place: list[int], norm: tupl
     return len(blocks) - 1
 
 
-def _inputs(section: _Section, place: list[int]) -> tuple[int, ...]:
-    above = place[-1] if place else 0
-    key = {"route": "layers", "shortcut": "from"}.get(section.kind)
-    if key is None:
-        return (above,)
-    found = []
-    for offset in section.numbers(key):
-        index = offset if offset >= 0 else len(place) + offset
-        if not 0 <= index < len(place):
-            raise InputError(f"{section.where}: {key}={offset} points at no earlier section")
-        found.append(place[index])
-    return tuple(found) if section.kind == "route" else (above, *found)
-
-
-def _activation(section: _Section) -> str:
+def _activation(section: Section) -> str:
     text = section.values.get("activation", "linear")
     name = _ALIASES.get(text, text)
     if name not in ACTIVATIONS:
@@ -279,7 +184,7 @@ def _activation(section: _Section) -> str:
     return name
 
 
-def _read_conv(section: _Section) -> dict[str, object]:
+def _read_conv(section: Section) -> dict[str, object]:
     size, batch_norm = section.integer("size", 1), bool(section.integer("batch_normalize", 0))
     return {
         "channels": section.integer("filters"),
@@ -293,28 +198,29 @@ def _read_conv(section: _Section) -> dict[str, object]:
     }
 
 
-def _read_pool(section: _Section) -> dict[str, object]:
+def _read_pool(section: Section) -> dict[str, object]:
     size = section.integer("size")
     total = section.integer("padding", size - 1)
     if total % 2:
         raise InputError(f"{section.where}: padding={total} (the total of both sides) must be even")
-    return {"size": size, "stride": section.integer("stride", 1), "padding": total // 2}
+    pads = _read_pads(section, "pads") if "pads" in section.values else {}
+    return {"size": size, "stride": section.integer("stride", 1), "padding": total // 2} | pads
 
 
-def _read_zeropad(section: _Section) -> dict[str, object]:
-    pads = section.numbers("padding")
+def _read_pads(section: Section, key: str) -> dict[str, object]:
+    pads = section.numbers(key)
     if len(pads) != 4:
-        raise InputError(f"{section.where}: padding=left,right,above,below takes four numbers")
+        raise InputError(f"{section.where}: {key}=left,right,above,below takes four numbers")
     return {"pads": tuple(pads)}
 
 
-def _read_shortcut(section: _Section) -> dict[str, object]:
+def _read_shortcut(section: Section) -> dict[str, object]:
     if _activation(section) != "linear":
         raise InputError(f"{section.where}: activation={section.values['activation']}: only linear is possible after a shortcut")
     return {}
 
 
-def _read_route(section: _Section) -> dict[str, object]:
+def _read_route(section: Section) -> dict[str, object]:
     if "slice" not in section.values:
         return {}
     bounds = section.numbers("slice")
@@ -323,14 +229,20 @@ def _read_route(section: _Section) -> dict[str, object]:
     return {"slice": (bounds[0], bounds[1])}
 
 
-def _read_yolo(section: _Section) -> dict[str, object]:
-    if section.integer("new_coords", 0) != 1 or section.number("scale_x_y", 0.0) != 2.0:
-        raise InputError(f"{section.where}: only YOLOv5's decoding is read: new_coords=1 and scale_x_y=2.0")
+def _read_yolo(section: Section) -> dict[str, object]:
+    if not {"new_coords", "scale_x_y"} <= section.values.keys():
+        raise InputError(f"{section.where}: say how boxes are decoded: new_coords=1 and scale_x_y=2.0 is YOLOv5's way")
     mask, flat = section.numbers("mask"), section.numbers("anchors", float)
     pairs = list(zip(flat[::2], flat[1::2]))
     if not mask or mask != list(range(mask[0], mask[0] + len(mask))) or mask[-1] >= len(pairs) or mask[0] % len(mask):
         raise InputError(f"{section.where}: mask={section.values['mask']} does not pick one level out of {len(pairs)} anchors")
-    return {"level": mask[0] // len(mask), "anchors": tuple(pairs[m] for m in mask), "classes": section.integer("classes")}
+    return {
+        "level": mask[0] // len(mask),
+        "anchors": tuple(pairs[m] for m in mask),
+        "classes": section.integer("classes"),
+        "scale_x_y": section.number("scale_x_y", 2.0),
+        "exp": section.integer("new_coords") == 0,
+    }
 
 
 _READERS = {
@@ -340,7 +252,7 @@ _READERS = {
     "shortcut": _read_shortcut,
     "upsample": lambda section: {"stride": section.integer("stride", 2)},
     "maxpool": _read_pool,
-    "zeropad": _read_zeropad,
+    "zeropad": lambda section: _read_pads(section, "padding"),
     "focus": lambda section: {},
     "yolo": _read_yolo,
 }

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,8 +29,13 @@ import torch
 from torch import Tensor
 
 from models import official
+from models.align import aligned, named_like
 from models.blocks import Block, Blocks, heads, strides
-from models.cfg import read_cfg, read_cfg_text, write_cfg
+from models.cfg import read_cfg_text, write_cfg
+from models.cfg_text import read_text
+from models.darknet_weights import read_weights
+from models.foreign import DIALECTS, OURS, YOLOV5_PRUNE, ForeignCfg, dialect_of, read_foreign
+from models.foreign_weights import cfg_beside, module_list, named_tensors, names_beside
 from models.network import Network, replace_anchors
 from models.yaml_reader import from_spec, read_yaml
 from utils.errors import InputError
@@ -107,27 +113,62 @@ def _stored(tensor: Tensor, half: bool) -> Tensor:
     return tensor.half() if half and tensor.dim() == 4 and tensor.is_floating_point() else tensor.clone()
 
 
-def load_model(weights: str | Path, cfg: str | Path | None = None) -> Model:
+def load_model(weights: str | Path, cfg: str | Path | None = None, dialect: str = "auto") -> Model:
     """Load any checkpoint. `cfg` (a cfg or a model yaml) overrides the structure and must fit the tensors; anchors stay the checkpoint's.
 
-    Raises `InputError` naming the file and each block that differs.
+    Weights without a structure (Darknet's `.weights`, the pruning repositories' pairs) need the cfg, which may stand beside them under the
+    same name. `dialect`: of a cfg, see `read_structure`. Raises `InputError` naming the file and each block that differs.
     """
     path = existing(weights, "--weights")
+    if path.suffix == ".weights":
+        return _from_darknet(path, cfg, dialect)
     try:
         # What torch should not even open goes to the stricter reader too, which says what it is instead.
-        foreign = official.looks_official(path) or not official.is_plain_zip(path)
-        model = _from_official(path) if foreign else _from_ours(path)
+        if official.looks_official(path) or not official.is_plain_zip(path):
+            model = _from_official(path)
+        else:
+            content = _content(path)
+            tensors = module_list(content)
+            if tensors is not None:
+                return _from_module_list(path, tensors, cfg, dialect)
+            model = _from_ours(path, content)
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error}); the file is truncated or not a checkpoint") from None
     if cfg:
-        blocks = read_structure(cfg, model.blocks[heads(model.blocks)[0]].classes)
+        blocks = _structure_for(model, cfg, dialect, f"{cfg} does not fit {path}")
         model = replace(model, blocks=with_anchors_of(model.blocks, blocks, cfg))
         check_fit(model.blocks, model.state, f"{cfg} does not fit {path}")
     return model
 
 
-def read_structure(path: str | Path, classes: int | None = None) -> Blocks:
-    """Read a model yaml or a cfg file; `classes` replaces its number of classes. A bare name may be one of those that ship."""
+def _structure_for(model: Model, cfg: str | Path, dialect: str, what: str) -> Blocks:
+    """The blocks of `cfg` for the tensors of `model`; those of another program's cfg get the names that the tensors have."""
+    structure = _read(cfg, model.blocks[heads(model.blocks)[0]].classes, dialect)
+    if not isinstance(structure, ForeignCfg):
+        return structure
+    if shapes_of(structure.blocks).keys() == model.state.keys():
+        return structure.blocks
+    return aligned(structure, model.blocks, what)
+
+
+def read_structure(path: str | Path, classes: int | None = None, dialect: str = "auto") -> Blocks:
+    """Read a model yaml or a cfg file; `classes` replaces its number of classes. A bare name may be one of those that ship.
+
+    `dialect`: whose cfg it is (`models.foreign.DIALECTS`), or `auto`: told by its keys. A cfg of the pruning repositories that is wired like a
+    model that ships gets that model's names.
+    """
+    structure = _read(path, classes, dialect)
+    return _named(structure) if isinstance(structure, ForeignCfg) else structure
+
+
+def _named(cfg: ForeignCfg) -> Blocks:
+    if cfg.dialect != YOLOV5_PRUNE:
+        return cfg.blocks
+    yamls = [path for folder in SHIPPED for path in sorted(folder.glob("*.yaml"))]
+    return named_like(cfg, (read_yaml(path) for path in yamls)) or cfg.blocks
+
+
+def _read(path: str | Path, classes: int | None, dialect: str) -> Blocks | ForeignCfg:
     path = Path(path)
     if path.name == str(path) and not path.is_file():
         path = next((shipped for folder in SHIPPED if (shipped := folder / path).is_file()), path)
@@ -135,8 +176,38 @@ def read_structure(path: str | Path, classes: int | None = None) -> Blocks:
     if path.suffix in (".yaml", ".yml"):
         return read_yaml(path, classes)
     if path.suffix == ".cfg":
-        return read_cfg(path, classes)
+        return _read_cfg(path, classes, dialect)
     raise InputError(f"--cfg: {path} is neither a .yaml nor a .cfg file")
+
+
+def _read_cfg(path: Path, classes: int | None, dialect: str) -> Blocks | ForeignCfg:
+    if dialect != "auto" and dialect not in DIALECTS:
+        raise InputError(f"--dialect {dialect}: known are auto, {', '.join(DIALECTS)}")
+    text = read_text(path)
+    chosen = dialect_of(text, str(path)) if dialect == "auto" else dialect
+    if chosen == OURS:
+        return read_cfg_text(text, str(path), classes)
+    LOGGER.info(f"{path}: read as a cfg of the dialect {chosen}{', which its keys tell; --dialect overrides' if dialect == 'auto' else ''}")
+    return read_foreign(text, str(path), chosen, classes)
+
+
+def _from_darknet(path: Path, cfg: str | Path | None, dialect: str) -> Model:
+    cfg = cfg_beside(path, cfg)
+    structure = _read(cfg, None, dialect)
+    blocks = _named(structure) if isinstance(structure, ForeignCfg) else structure
+    names = names_beside((path, cfg), blocks[heads(blocks)[0]].classes)
+    return Model(blocks, read_weights(path, blocks), names, structure.imgsz if isinstance(structure, ForeignCfg) else 640)
+
+
+def _from_module_list(path: Path, tensors: Mapping[str, Tensor], cfg: str | Path | None, dialect: str) -> Model:
+    cfg = cfg_beside(path, cfg)
+    structure = _read(cfg, None, YOLOV5_PRUNE if dialect == "auto" else dialect)
+    if not isinstance(structure, ForeignCfg):
+        raise InputError(f"{cfg}: not the cfg of {path}, whose tensors are numbered by the sections of a cfg of the dialect {YOLOV5_PRUNE}")
+    blocks, what = _named(structure), f"{cfg} does not fit {path}"
+    state = named_tensors(tensors, structure, blocks, what)
+    check_fit(blocks, state, what)
+    return Model(blocks, state, names_beside((path, cfg), blocks[heads(blocks)[0]].classes), structure.imgsz)
 
 
 def with_anchors_of(source: Blocks, blocks: Blocks, cfg: str | Path) -> Blocks:
@@ -183,12 +254,15 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape)) or "a number"
 
 
-def _from_ours(path: Path) -> Model:
+def _content(path: Path) -> object:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, KeyError, ValueError) as error:
         official.read_official(path)  # names what the pickle asked for
         raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:160]}); the file may be truncated") from None
+
+
+def _from_ours(path: Path, content: object) -> Model:
     if not isinstance(content, dict) or "format" not in content:
         official.read_official(path)  # says what it is instead
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -85,7 +85,9 @@ def read_weights(path: Path, blocks: Blocks) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     rest = torch.from_numpy(values)
     for block, shape in zip(owners, shapes):
-        parts = rest.split([block.channels] * (4 if block.batch_norm else 1) + [int(np.prod(shape)), _left(rest, block.channels, block.batch_norm, shape)])
+        parts = rest.split(
+            [block.channels] * (4 if block.batch_norm else 1) + [int(np.prod(shape)), _left(rest, block.channels, block.batch_norm, shape)]
+        )
         *vectors, weight, rest = parts
         weight = weight.view(shape)
         if block.batch_norm:

@@ -142,6 +142,12 @@ def _op_route(block: Block, blocks: Blocks) -> Callable[..., Tensor]:
     return lambda *xs: torch.cat(xs, 1) if len(xs) > 1 else xs[0]
 
 
+def _op_maxpool(block: Block, blocks: Blocks) -> Callable[..., Tensor]:
+    if any(block.pads):  # the edge repeated wins nowhere: every window that reaches it holds the edge itself
+        return lambda x: F.max_pool2d(F.pad(x, block.pads, mode="replicate"), block.size, block.stride, block.padding)
+    return lambda x: F.max_pool2d(x, block.size, block.stride, block.padding)
+
+
 def _focus(x: Tensor) -> Tensor:
     return torch.cat((x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]), 1)
 
@@ -153,7 +159,7 @@ _OPS: dict[str, Callable[[Block, Blocks], Callable[..., Tensor]]] = {
     "route": _op_route,
     "shortcut": lambda block, blocks: lambda x, *others: sum(others, x),
     "upsample": lambda block, blocks: lambda x: F.interpolate(x, scale_factor=float(block.stride), mode="nearest"),
-    "maxpool": lambda block, blocks: lambda x: F.max_pool2d(x, block.size, block.stride, block.padding),
+    "maxpool": _op_maxpool,
     "zeropad": lambda block, blocks: lambda x: F.pad(x, block.pads),
     "focus": lambda block, blocks: _focus,
     "yolo": lambda block, blocks: lambda x: x,

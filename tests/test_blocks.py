@@ -196,7 +196,7 @@ def test_integer_anchors_are_placeholders_per_level() -> None:
         ("name=model.1\n", "name=model.0\n", "used twice"),
         ("stride=2", "stride=two", "stride=two must be a whole number"),
         ("layers=-1,-", "layers=-1,-90", "points at no earlier section"),
-        ("new_coords=1", "new_coords=0", "only YOLOv5's decoding"),
+        ("new_coords=1\n", "", "say how boxes are decoded"),
         ("activation=silu", "activation=sillu", "did you mean silu"),
     ],
 )
@@ -207,9 +207,11 @@ def test_a_wrong_cfg_is_named_with_its_line(old: str, new: str, message: str) ->
         read_cfg_text(text.replace(old, new, 1), "my.cfg")
 
 
-def test_a_cfg_of_another_program_is_refused_with_the_remedy() -> None:
-    with pytest.raises(InputError, match="models.convert"):
-        read_cfg_text("[net]\nchannels=3\n[convolutional]\nfilters=8\n", "their.cfg")
+def test_decoding_and_pads_of_a_pool_are_kept() -> None:
+    blocks = [replace(b, exp=b.level == 0, scale_x_y=1.05) if b.kind == "yolo" else b for b in small()]
+    pool = next(i for i, b in enumerate(blocks) if b.kind == "maxpool")
+    blocks[pool] = replace(blocks[pool], size=2, padding=0, pads=(0, 1, 0, 1))
+    assert read_cfg_text(write_cfg(check(blocks))) == tuple(blocks)
 
 
 def test_blocks_that_do_not_fit_are_refused() -> None:

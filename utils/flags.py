@@ -74,6 +74,13 @@ def add_size(p: Parser, default: int | None = 640, sides: int = 1) -> None:
     )
 
 
+def add_cfg(p: Parser, *aliases: str, text: str = "structure (.yaml or .cfg) if not the checkpoint's own") -> None:
+    """`--cfg` and `--dialect`."""
+    p.add_argument("--cfg", *aliases, default="", help=text)
+    dialects = "ours, darknet, yolov5_prune (the pruning repositories before us), or auto: told by its keys"
+    p.add_argument("--dialect", default="auto", metavar="NAME", help=f"whose .cfg it is: {dialects}")
+
+
 def add_device(p: Parser, workers: bool = True) -> None:
     p.add_argument("--device", default="", help="cpu, or a CUDA device number; empty: CUDA where there is one")
     if workers:
