@@ -24,7 +24,8 @@ from models.blocks import Blocks, parameters
 from models.cfg import write_cfg
 from models.checkpoint import Model, read_structure, save_model
 from models.network import Network
-from pruning.policy import PrunePolicy, gamma_scores, select_masks
+from pruning.criteria import gamma_scores
+from pruning.policy import PrunePolicy, select_masks
 from pruning.spaces import find_spaces
 from pruning.surgery import State, fold_constants, prune
 from utils.files import write_text

@@ -28,7 +28,7 @@ from engine.latency import latency_ms
 from models.blocks import Block, Blocks, resolutions
 from models.network import Network, fuse, operation
 from pruning.spaces import find_spaces
-from pruning.surgery import prune
+from pruning.surgery import narrowed
 from utils.device import Precision
 from utils.log import LOGGER
 
@@ -137,7 +137,7 @@ class LayerTimes:
         start = time.perf_counter()
         times = _measured(points, device, progress)
         raw = LayerTimes(imgsz, {setting: _surface(setting, times[setting]) for setting in points})
-        networks = (network_blocks, _narrowed(network_blocks, 0.5, WIDE_STEP), _narrowed(network_blocks, 0.55, 1))
+        networks = (network_blocks, _uniformly_narrowed(network_blocks, 0.5, WIDE_STEP), _uniformly_narrowed(network_blocks, 0.55, 1))
         table = raw.calibrated([(blocks, network_ms(blocks, imgsz, device)) for blocks in networks])
         LOGGER.info(f"... {time.perf_counter() - start:.0f} s; the whole network takes {table.predict(network_blocks):.2f} ms")
         return table
@@ -189,7 +189,7 @@ def network_ms(blocks: Blocks, imgsz: int, device: torch.device) -> float:
 Point = tuple[int, int]  # input and output channels
 
 
-def _narrowed(blocks: Blocks, share: float, divisor: int) -> Blocks:
+def _uniformly_narrowed(blocks: Blocks, share: float, divisor: int) -> Blocks:
     """The network with every prunable space at `share` of its width, as a multiple of `divisor` where that leaves anything."""
     spaces = find_spaces(blocks)
     mask = np.ones(spaces.count, dtype=bool)
@@ -197,7 +197,7 @@ def _narrowed(blocks: Blocks, share: float, divisor: int) -> Blocks:
         if space.keep is None:
             kept = max(round(space.width * share / divisor), 1) * divisor
             mask[space.classes[kept:]] = False
-    return prune(blocks, Network(blocks).state_dict(), spaces, mask)[0]
+    return narrowed(blocks, spaces, mask)
 
 
 def _points(blocks: Blocks, imgsz: int) -> dict[Setting, list[Point]]:

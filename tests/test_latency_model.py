@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from engine.latency_model import LayerTimes, Surface, settings, width_class
 from models.blocks import Block, Blocks, check
 from models.network import Network, fuse
 from pruning.spaces import find_spaces
-from pruning.surgery import prune
+from pruning.surgery import narrowed
 from tests.helpers import random_blocks, small, stock, with_module
 from tests.test_pruning import random_mask
 
@@ -29,13 +28,8 @@ def linear_table(blocks: Blocks, imgsz: int = 64) -> LayerTimes:
     return LayerTimes(imgsz, {s: surface for s in settings(blocks, imgsz) if s is not None})
 
 
-def narrowed(blocks: Blocks, mask: np.ndarray) -> Blocks:
-    return prune(blocks, fresh_state(blocks), find_spaces(blocks), mask)[0]
-
-
-@cache
-def fresh_state(blocks: Blocks) -> dict[str, torch.Tensor]:
-    return Network(blocks).state_dict()
+def cut(blocks: Blocks, mask: np.ndarray) -> Blocks:
+    return narrowed(blocks, find_spaces(blocks), mask)
 
 
 def test_a_surface_is_read_between_its_points() -> None:
@@ -79,13 +73,13 @@ def test_narrower_is_never_predicted_slower(seed: int) -> None:
     for space in rng.permutation(np.array(spaces.spaces, dtype=object)):
         if space.keep is None and space.width > 16:
             mask[space.classes[16 * int(rng.integers(1, space.width // 16)) :]] = False
-            now = table.predict(narrowed(blocks, mask))
+            now = table.predict(narrowed(blocks, spaces, mask))
             assert now < last
             last = now
 
 
 def test_the_prediction_is_the_sum_of_the_blocks() -> None:
-    blocks = narrowed(stock("n", 4), random_mask(find_spaces(stock("n", 4)), 0))
+    blocks = cut(stock("n", 4), random_mask(find_spaces(stock("n", 4)), 0))
     table = replace(linear_table(blocks), scale=2.0, overhead=0.5)
     by_block = table.by_block(blocks)
     assert table.predict(blocks) == sum(by_block) == table.predict(blocks)
@@ -104,7 +98,7 @@ def test_fused_and_unfused_blocks_cost_the_same() -> None:
 def test_calibration_is_exact_for_the_full_network_and_near_for_the_others() -> None:
     blocks = stock("n", 4)
     table, spaces = linear_table(blocks), find_spaces(blocks)
-    others = [narrowed(blocks, random_mask(spaces, seed, 0.6)) for seed in (0, 1)]
+    others = [cut(blocks, random_mask(spaces, seed, 0.6)) for seed in (0, 1)]
     truth = replace(table, scale=0.7, overhead=0.01)
     again = table.calibrated([(b, truth.predict(b)) for b in (blocks, *others)])
     assert again.predict(blocks) == pytest.approx(truth.predict(blocks), rel=1e-12)
@@ -148,7 +142,7 @@ def test_every_setting_of_a_network_can_be_measured(blocks: Blocks, monkeypatch:
         ms = np.array(surface.ms)
         assert ms.shape == (len(surface.cin), len(surface.cout)) and (ms > 0).all() and np.isfinite(ms).all()
         assert (np.diff(ms, axis=0) >= 0).all() and (np.diff(ms, axis=1) >= 0).all()
-    cut = narrowed(blocks, random_mask(spaces, 0))
-    assert 0 < table.predict(cut) == table.predict(cut)
-    predicted, measured = table.verify(cut, CPU)
-    assert predicted == table.predict(cut) and measured > 0
+    narrow = cut(blocks, random_mask(spaces, 0))
+    assert 0 < table.predict(narrow) == table.predict(narrow)
+    predicted, measured = table.verify(narrow, CPU)
+    assert predicted == table.predict(narrow) and measured > 0
