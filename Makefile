@@ -30,6 +30,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/val_overhead.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/two_processes.py
+	$(BIN)/python benchmarks/prune_time.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

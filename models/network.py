@@ -55,7 +55,7 @@ class Network(nn.Module):
         self.heads = heads(blocks)
         self._ops: list[Callable[..., Tensor]] = []
         for block in blocks:
-            op = _OPS[block.kind](block, blocks)
+            op = operation(block, blocks)
             if isinstance(op, nn.Module) and block.name and block.kind in ("convolutional", "batchnorm"):
                 _register(self, block.name, op)
             self._ops.append(op)
@@ -164,6 +164,11 @@ _OPS: dict[str, Callable[[Block, Blocks], Callable[..., Tensor]]] = {
     "focus": lambda block, blocks: _focus,
     "yolo": lambda block, blocks: lambda x: x,
 }
+
+
+def operation(block: Block, blocks: Blocks) -> Callable[..., Tensor]:
+    """What computes `block` from its inputs alone: a module where it owns tensors, otherwise a function; `blocks` say its input's width."""
+    return _OPS[block.kind](block, blocks)
 
 
 def _descend(root: nn.Module, path: str) -> nn.Module:
