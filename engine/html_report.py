@@ -92,7 +92,7 @@ def html(content: HtmlReport) -> str:
     links = el("nav", [markup(el("a", title, href=f"#{anchor}"), " ") for anchor, title, _ in present], aria_label="Parts of this report")
     return page(
         content.title,
-        el("header", el("h1", content.title), _decision(report), links),
+        el("header", el("h1", f"Pruning report: {content.title}"), _decision(report), links),
         [markup("\n", el("section", el("h2", title, id=anchor), body)) for anchor, title, body in present],
     )
 
@@ -123,7 +123,7 @@ def _cards(report: Report) -> Raw | None:
                 "div",
                 el("dt", row.title),
                 el("dd", number(new, row.text(new)), class_="now"),
-                el("dd", "of ", number(old, row.text(old)), " · ", moved, class_="was"),
+                el("dd", "of ", number(old, row.text(old)), el("br"), moved, class_="was"),
             )
         )
     return el("dl", cards, class_="cards")
@@ -165,8 +165,8 @@ def _rows(size: str | None, other_sizes: Sequence[str] = ()) -> list[_Row]:
         _Row("File, MB", ("size_mb",), ".2f", card=True),
     ]
     if size:
-        rows.append(_Row(f"Latency at {size} px, ms", ("latency_ms", size), ".2f", card=True))
-    return rows + [_Row(f"Latency at {other} px, ms", ("latency_ms", other), ".2f") for other in other_sizes]
+        rows.append(_Row(f"ms at {size} px", ("latency_ms", size), ".2f", card=True))
+    return rows + [_Row(f"ms at {other} px", ("latency_ms", other), ".2f") for other in other_sizes]
 
 
 def _figures(report: Report) -> Raw | None:
@@ -191,8 +191,8 @@ def _figures(report: Report) -> Raw | None:
     images, instances = before.get("images"), before.get("instances")
     on = f"Measured on {images:,} validation images with {instances:,} objects" if images is not None else "Measured"
     caption = f"{on} at {report.get('imgsz', '?')} px. Changes against the first column."
-    meanings = [markup(el("b", STAGES[stage][0]), f": {STAGES[stage][1]} ") for stage in stages]
-    return markup(table(["", *(STAGES[stage][0] for stage in stages)], rows, caption), el("p", meanings, class_="soft"))
+    meanings = [el("li", el("b", STAGES[stage][0]), f": {STAGES[stage][1]}") for stage in stages]
+    return markup(table(["", *(STAGES[stage][0] for stage in stages)], rows, caption), el("ul", meanings, class_="soft"))
 
 
 # What to type next
@@ -202,7 +202,7 @@ def _commands(content: HtmlReport) -> Raw | None:
     if not content.commands:
         return None
     pair = content.report.get("pair")
-    where = markup("The pruned network: ", [el("code", name) + Raw(" ") for name in pair]) if pair else None
+    where = markup("The pruned network: ", [markup(el("code", name), " ") for name in pair]) if pair else None
     each = [markup(el("p", c.what, class_="soft"), el("pre", el("code", c.text))) for c in content.commands]
     return markup(el("p", where) if where else None, *each)
 

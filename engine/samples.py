@@ -22,7 +22,7 @@ DRAWN_SIDE, MOST_ENLARGED = 640, 4  # long side of a picture in pixels; a small 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image with the detections of each network drawn: BGR uint8 (H, W, 3), and in words, such as `4 persons, 1 bus`."""
+    """One image with the detections of each network drawn: BGR uint8 (H, W, 3), and in words, such as `person ×4, bus ×1`."""
 
     name: str
     before: np.ndarray
@@ -51,7 +51,7 @@ def sample_pairs(
     pairs = list(zip(chosen, images, *found))
     pairs.sort(key=lambda pair: -_differences(pair[2].boxes, pair[3].boxes))  # stable: ties stay in the order of the images
     return [
-        Sample(labels.images[i].name, _drawn(image, old, names), _drawn(image, new, names), old.counts(names), new.counts(names))
+        Sample(labels.images[i].name, _drawn(image, old, names), _drawn(image, new, names), _words(old, names), _words(new, names))
         for i, image, old, new in pairs[:count]
     ]
 
@@ -66,6 +66,12 @@ def _differences(a: np.ndarray, b: np.ndarray) -> int:
         return len(a) + len(b)
     same = (box_iou(a[:, :4], b[:, :4]) >= 0.5) & (a[:, 5:6] == b[None, :, 5])
     return int((~same.any(1)).sum() + (~same.any(0)).sum())
+
+
+def _words(detections: Detections, names: Sequence[str]) -> str:
+    """`person ×4, bus ×1`: unlike `Detections.counts`, clear where the names are numbers."""
+    classes, counts = np.unique(detections.boxes[:, 5].astype(int), return_counts=True)
+    return ", ".join(f"{names[c]} ×{n}" for c, n in zip(classes, counts)) or "nothing"
 
 
 def _drawn(image: np.ndarray, detections: Detections, names: Sequence[str]) -> np.ndarray:

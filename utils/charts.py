@@ -9,7 +9,7 @@ import numpy as np
 
 from utils.html import Raw, el, markup, number
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 440, 230, 46, 40, 12  # of a chart, in its own units; at most as many pixels on a phone
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 400, 230, 50, 42, 12  # of a chart, in its own units; at most as many pixels on a phone
 
 
 @dataclass(frozen=True)
