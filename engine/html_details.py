@@ -68,7 +68,8 @@ def widths(report: Report, before: Gammas, after: Gammas) -> Raw | None:
         verb = "layer stays" if len(whole) == 1 else "layers stay"
         words = markup(words, f" {len(whole)} {verb} whole for a reason; the table says which.")
     bars = width_bars([Bar(x["name"], x["before"], x["after"], bool(x.get("kept"))) for x in layers])
-    return markup(el("p", words, class_="soft"), legend("removed", "left"), bars, _layer_table(layers, before, after))
+    key = legend(a="left", b="removed", **({"w": "kept whole for a reason"} if whole else {}))
+    return markup(el("p", words, class_="soft"), key, bars, _layer_table(layers, before, after))
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]], before: Gammas, after: Gammas) -> Raw:
@@ -113,5 +114,5 @@ def gammas(report: Report, before: Gammas, after: Gammas) -> Raw | None:
         if not by_gamma
         else "The scale that each batch norm gives its channel; what training drove to 0 can go at little cost."
     )
-    key = el("div", el("span", el("i", class_="t"), "largest score that was marked: ", number(threshold, f"{threshold:.3g}")), class_="key")
-    return markup(el("p", words, class_="soft"), key if threshold else None, el("div", charts, class_="charts"))
+    key = legend(t=["largest score that was marked: ", number(threshold, f"{threshold:.3g}")]) if threshold else None
+    return markup(el("p", words, class_="soft"), key, el("div", charts, class_="charts"))

@@ -282,10 +282,10 @@ _MEANINGS = {
 
 def _options(report: Report) -> Raw | None:
     rows = [
-        [el("code", key), _value(value), _MEANINGS.get(key, "")]
+        [markup(el("code", key), el("small", _MEANINGS[key], class_="soft") if key in _MEANINGS else None), _value(value)]
         for key, value in _flat({k: v for k, v in report.items() if k not in _SHOWN_ELSEWHERE})
     ]
-    return table(["Option", "Value", "Meaning"], rows, "What report.json holds besides figures.", "words") if rows else None
+    return table(["Option", "Value"], rows, "What report.json holds besides figures.", "words") if rows else None
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.html import Raw, el, markup, number
+from utils.html import Child, Raw, el, markup, number
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 400, 230, 50, 42, 12  # of a chart, in its own units; at most as many pixels on a phone
 
@@ -37,10 +37,9 @@ def width_bars(bars: Sequence[Bar]) -> Raw:
     return el("ol", [row(bar) for bar in bars], class_="bars")
 
 
-def legend(before: str, after: str, mark: str = "") -> Raw:
-    """What the two colours, and the dashed line if there is one, stand for."""
-    parts = [("b", before), ("a", after)] + ([("t", mark)] if mark else [])
-    return el("div", [el("span", el("i", class_=kind), text) for kind, text in parts], class_="key")
+def legend(**parts: Child) -> Raw:
+    """What the colours stand for: `b` before, `a` after, `w` kept whole (hatched), `t` the dashed line."""
+    return el("div", [el("span", el("i", class_=kind), text) for kind, text in parts.items()], class_="key")
 
 
 def gamma_top(gammas: Sequence[np.ndarray]) -> float:

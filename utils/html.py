@@ -76,7 +76,7 @@ def table(head: Sequence[Child], rows: Iterable[Sequence[Child]], caption: str, 
     rows = list(rows)
     header = el("tr", [el("th", cell, scope="col") for cell in head])
     body = [el("tr", el("th", row[0], scope="row"), [el("td", cell) for cell in row[1:]]) for row in rows]
-    inner = el("table", el("caption", caption), el("thead", header), el("tbody", body), class_=class_ or None)
+    inner = el("table", el("caption", el("span", caption)), el("thead", header), el("tbody", body), class_=class_ or None)
     return el("div", inner, class_="scroll tall" if len(rows) > TALL else "scroll", tabindex="0", role="region", aria_label=caption)
 
 
