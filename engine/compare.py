@@ -13,6 +13,7 @@ from engine.latency import latency_ms
 from engine.reporting import write_json
 from engine.run_reader import RunFigures, locate, read_run
 from engine.verdict import change
+from models.blocks import Blocks
 from models.checkpoint import load_model
 from models.network import fuse
 from utils.device import select_device
@@ -145,16 +146,22 @@ def _named(value: Any) -> str:
 
 
 def _measure(runs: Sequence[RunFigures], device: torch.device) -> dict[int, tuple[float, int]]:
-    """(milliseconds, size) of each run whose checkpoint is there; those of one size are measured in turns."""
-    sizes: dict[int, list[int]] = {}
+    """(milliseconds, size) of each run whose checkpoint is there; those of one size are measured in turns, equal structures once, since
+    weights do not change the time."""
+    kinds: dict[int, dict[Blocks, list[int]]] = {}
     for i, run in enumerate(runs):
         if run.checkpoint:
-            sizes.setdefault(run.imgsz or DEFAULT_SIZE, []).append(i)
+            blocks = tuple(replace(block, anchors=()) for block in load_model(run.checkpoint).blocks)
+            kinds.setdefault(run.imgsz or DEFAULT_SIZE, {}).setdefault(blocks, []).append(i)
     measured: dict[int, tuple[float, int]] = {}
-    for size, members in sizes.items():
-        LOGGER.info(f"measuring the latency of {len(members)} networks at {size} px, in turns")
-        networks = {str(i): fuse(load_model(runs[i].checkpoint).network()).to(device, memory_format=torch.channels_last) for i in members}
-        measured |= {int(i): (ms, size) for i, ms in latency_ms(networks, size, device).items()}
+    for size, structures in kinds.items():
+        LOGGER.info(f"measuring the latency of {len(structures)} structures at {size} px, in turns")
+        networks = {
+            str(members[0]): fuse(load_model(runs[members[0]].checkpoint).network()).to(device, memory_format=torch.channels_last)
+            for members in structures.values()
+        }
+        times = latency_ms(networks, size, device)
+        measured |= {i: (times[str(members[0])], size) for members in structures.values() for i in members}
     return measured
 
 

@@ -19,6 +19,7 @@ from utils.errors import InputError
 
 _VOID = frozenset({"img", "meta", "link", "br", "hr"})
 TALL = 24  # a table of more rows scrolls inside its box
+QUALITIES, MOST_BYTES = (85, 70, 55, 40), 130_000  # of a JPEG: the first quality at which it is small enough
 STYLE = Path(__file__).with_name("page.css")
 
 
@@ -80,11 +81,14 @@ def table(head: Sequence[Child], rows: Iterable[Sequence[Child]], caption: str, 
     return el("div", inner, class_="scroll tall" if len(rows) > TALL else "scroll", tabindex="0", role="region", aria_label=caption)
 
 
-def picture(image: np.ndarray, alt: str, quality: int = 85) -> Raw:
-    """An `img` of a BGR uint8 picture (H, W, 3), as a JPEG inside the page."""
-    ok, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not ok:
-        raise InputError(f"a picture of shape {image.shape} cannot be encoded")
+def picture(image: np.ndarray, alt: str) -> Raw:
+    """An `img` of a BGR uint8 picture (H, W, 3), as a JPEG of at most about `MOST_BYTES` inside the page."""
+    for quality in QUALITIES:
+        ok, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        if not ok:
+            raise InputError(f"a picture of shape {image.shape} cannot be encoded")
+        if len(encoded) <= MOST_BYTES:
+            break
     return _img("jpeg", encoded.tobytes(), alt, image.shape[1], image.shape[0])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,50 +71,57 @@ def _scatter(axes: Axes, costs: Sequence[float], values: Sequence[float]) -> Non
 
 
 def _label(axes: Axes, costs: Sequence[float], values: Sequence[float], labels: Sequence[str]) -> None:
-    """Write each label where it covers the least: the nearest free place around its point, joined to it by a thin line where that is far."""
+    """Write the labels where they cover the least, joined to their points by thin lines where it might not be clear whose they are."""
     renderer = axes.figure.canvas.get_renderer()
-    scale = axes.figure.dpi / 72
     points = axes.transData.transform(np.column_stack([costs, values]))
-    legend = axes.get_legend().get_window_extent(renderer)
-    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in points * 1.0] + [tuple(legend.extents)]
-    frame = axes.get_window_extent(renderer).extents
-    for (x, y), cost, value, text in zip(points, costs, values, labels):
-        label = axes.text(0, 0, text, fontsize=8.5, color=INK)
-        size = label.get_window_extent(renderer)
-        label.remove()
-        dx, dy, box = _free_place(x, y, size.width, size.height, taken, tuple(frame))
-        taken.append(box)
-        far = abs(dy + size.height / 2) > 14 or max(dx, -dx - size.width) > 14 or _stranger(points, (x, y), box)
-        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3} if far else None
-        axes.annotate(
-            text, (cost, value), (dx / scale, dy / scale), textcoords="offset points", fontsize=8.5, color=INK, arrowprops=line, zorder=4
+    legend = tuple(axes.get_legend().get_window_extent(renderer).extents)
+    sizes = []
+    for text in labels:
+        written = axes.text(0, 0, text, fontsize=8.5)
+        extent = written.get_window_extent(renderer)
+        sizes.append((extent.width, extent.height))
+        written.remove()
+    boxes = place_labels(points, sizes, tuple(axes.get_window_extent(renderer).extents), [legend])
+    for point, cost, value, text, box in zip(points, costs, values, labels, boxes):
+        offset = (np.array(box[:2]) - point) * 72 / axes.figure.dpi
+        line = (
+            {"arrowstyle": "-", "color": INK, "alpha": 0.5, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3} if far(point, box) > 12 else None
         )
+        axes.annotate(text, (cost, value), offset, textcoords="offset points", fontsize=8.5, color=INK, arrowprops=line, zorder=4)
 
 
-def _stranger(points: np.ndarray, own: tuple[float, float], box: Box) -> bool:
-    """Whether another of `points` (n, 2) lies about as near to a label's box as its own point, so that a reader could take it for that."""
+def place_labels(points: np.ndarray, sizes: Sequence[tuple[float, float]], frame: Box, taken: Sequence[Box] = ()) -> list[Box]:
+    """A box for the label of each of `points` (n, 2), `sizes` its width and height, all in pixels: inside `frame` and clear of all points, of the
+    boxes in `taken` and of each other, as far as there is room. Near places come first; the first labels choose first."""
+    occupied = [(x - 6, y - 6, x + 6, y + 6) for x, y in points] + list(taken)
+    boxes = []
+    for own, size in zip(points, sizes):
+        others = [p for p in points if not np.array_equal(p, own)]
+        costs = [(_cost(box, own, others, occupied, frame), radius, box) for radius, box in _places(*own, *size)]
+        boxes.append(box := min(costs, key=lambda c: c[:2])[2])
+        occupied.append(box)
+    return boxes
 
-    def distance(p: np.ndarray | tuple[float, float]) -> float:
-        return float(np.hypot(max(box[0] - p[0], 0, p[0] - box[2]), max(box[1] - p[1], 0, p[1] - box[3])))
 
-    return any(distance(p) < distance(own) + 14 for p in points if tuple(p) != tuple(own))
+def far(point: np.ndarray, box: Box) -> float:
+    """Distance of a point (2,) from a box, 0 inside."""
+    return float(np.hypot(max(box[0] - point[0], 0, point[0] - box[2]), max(box[1] - point[1], 0, point[1] - box[3])))
 
 
-def _free_place(x: float, y: float, width: float, height: float, taken: Sequence[Box], frame: Box) -> tuple[float, float, Box]:
-    """Offset (dx, dy) of a label's lower left corner from its point, and its box: the place with the least overlap, nearer ones first."""
-    best: tuple[float, float, float, Box] | None = None
-    for radius in (9, 18, 30, 46, 66, 90):
-        for angle in np.arange(0, 360, 30):
-            cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-            dx = radius * cos - width * (1 - cos) / 2
-            dy = radius * sin - height * (1 - sin) / 2
-            box = (x + dx, y + dy, x + dx + width, y + dy + height)
-            cost = sum(overlap(box, other) for other in taken) + 3 * (width * height - overlap(box, frame))
-            if best is None or cost < best[0] - 0.5:
-                best = (cost, dx, dy, box)
-        if best[0] <= 0.5:
-            break
-    return best[1], best[2], best[3]
+def _places(x: float, y: float, width: float, height: float) -> Iterator[tuple[int, Box]]:
+    """(radius, box) of the places around a point, nearest first."""
+    for radius in (9, 18, 30, 46, 66, 90, 120, 150):
+        for angle in np.radians(np.arange(0, 360, 30 if radius < 46 else 15)):
+            left = x + radius * np.cos(angle) - width * (1 - np.cos(angle)) / 2
+            bottom = y + radius * np.sin(angle) - height * (1 - np.sin(angle)) / 2
+            yield radius, (left, bottom, left + width, bottom + height)
+
+
+def _cost(box: Box, own: np.ndarray, others: Sequence[np.ndarray], occupied: Sequence[Box], frame: Box) -> tuple[int, int]:
+    """Pixels of a label that lie on something or outside `frame`, and how many other points it might be taken to name."""
+    outside = (box[2] - box[0]) * (box[3] - box[1]) - overlap(box, frame)
+    strangers = sum(far(p, box) < far(own, box) + 12 for p in others)
+    return round(sum(overlap(box, other) for other in occupied) + 3 * outside), strangers
 
 
 def overlap(a: Box, b: Box) -> float:
