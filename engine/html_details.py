@@ -34,10 +34,12 @@ def classes(report: Report, count: int) -> Raw | None:
         words.append(f"{unseen} more {'class has' if unseen == 1 else 'classes have'} no object in the validation images.")
     if min(old["labels"] for old, _ in shared) < 10:
         words.append("A class with few objects moves by chance.")
-    title = STAGES[stage][0]
-    head = ["Class", "Objects", "mAP@.5 before", title, "change", "mAP@.5:.95 before", title, "change"]
+    head = ["Class", "Objects", "mAP@.5 before", "after", "change", "mAP@.5:.95 before", "after", "change"]
     cells = [_class_row(old, new) for old, new in shared]
-    return markup(el("p", " ".join(words), class_="soft"), table(head, cells, f"mAP by class: before, and {title}."))
+    return markup(
+        el("p", " ".join(words), class_="soft"),
+        table(head, cells, f"mAP by class, before and after; after is the network {STAGES[stage][0]}."),
+    )
 
 
 def _moved(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> float:

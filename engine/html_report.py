@@ -222,7 +222,7 @@ def _samples(samples: Sequence[Sample]) -> Raw | None:
 
     intro = (
         "Of the validation images that were looked at, those on which the two networks differ most. Before: the network as it was; after: "
-        "the pruned one, without any training. Boxes with a confidence of at least 0.25."
+        "the one that was written, without any training. Boxes with a confidence of at least 0.25."
     )
     pairs = [el("div", el("h3", s.name), el("div", side(s, "before"), side(s, "after")), class_="pair") for s in samples]
     return markup(el("p", intro, class_="soft"), pairs)

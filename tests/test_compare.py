@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from engine.compare import mismatches
 from engine.options import TrainOptions
 from engine.run_reader import RunFigures, locate
 from models.checkpoint import Model, load_model, save_model
-from tests.helpers import SMALL_YAML, alive, small, write_dataset
+from tests.helpers import ROOT, SMALL_YAML, alive, small, write_dataset
 from tests.test_html_report import Page
 from tests.test_scripts import call
 from utils.errors import InputError
@@ -151,6 +153,12 @@ def test_older_reports_and_equal_names(runs: Path, tmp_path: Path) -> None:
 
 def row(label: str, data: str | None = "d.yaml", images: int | None = 8, instances: int | None = 20, imgsz: int | None = 64) -> RunFigures:
     return RunFigures(label, Path(label), "pruned", 0.5, 0.3, 10, 20, images, instances, data=data, imgsz=imgsz)
+
+
+def test_help_is_there_without_torch() -> None:
+    code = "import sys, compare\ntry: compare.main(['--help'])\nexcept SystemExit as e: sys.exit(e.code or ('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--no-latency" in done.stdout
 
 
 def test_other_data_or_sizes_are_said_to_not_compare() -> None:

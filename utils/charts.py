@@ -9,7 +9,7 @@ import numpy as np
 
 from utils.html import Child, Raw, el, markup, number
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 400, 230, 50, 42, 12  # of a chart, in its own units; at most as many pixels on a phone
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 400, 230, 66, 42, 12  # of a chart, in its own units; at most as many pixels on a phone
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def histogram(values: np.ndarray, top: float, most: int, kind: str, title: str, 
     for tick in _ticks(top):
         parts.append(el("text", f"{tick:g}", x=f"{LEFT + (WIDTH - LEFT) * tick / top:.1f}", y=HEIGHT - BOTTOM + 16, text_anchor="middle"))
     parts.append(el("text", "|gamma|", x=WIDTH, y=HEIGHT - 4, text_anchor="end"))
-    parts.append(el("text", "channels", x=0, y=HEIGHT - 4))
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(el("text", "channels", x=12, y=middle, transform=f"rotate(-90 12 {middle:g})", text_anchor="middle"))
     if mark is not None and 0 <= mark <= top:
         x = LEFT + (WIDTH - LEFT) * mark / top
         parts.append(el("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=TOP - 8, y2=HEIGHT - BOTTOM, class_="t"))
