@@ -13,7 +13,7 @@ import torch
 
 from engine.evaluate import EvaluateOptions, evaluate
 from engine.latency import latency_ms
-from engine.reporting import metrics_of
+from engine.reporting import metrics_of, per_class
 from models.blocks import Blocks
 from models.checkpoint import Model, save_model
 from models.network import Network, fuse
@@ -42,7 +42,7 @@ class Bench:
         """Evaluate `network`; `blocks` are its unfused ones, whose parameters and FLOPs are reported."""
         network = network.to(self.precision.device, memory_format=torch.channels_last)
         evaluation = evaluate(network, self.loader, self.precision, EvaluateOptions(single_cls=len(self.names) == 1))
-        self.stages[stage] = metrics_of(evaluation, blocks, self.imgsz)
+        self.stages[stage] = metrics_of(evaluation, blocks, self.imgsz) | {"per_class": per_class(evaluation, self.names)}
         m = self.stages[stage]
         LOGGER.info(f"{stage:>12}: mAP@.5 {m['map50']:.4f}  mAP@.5:.95 {m['map']:.4f}")
 

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from engine.cut import Cut, channel_cut, cost_line
+from engine.html_report import HtmlReport, next_commands, write_html
 from engine.prune_bench import Bench, check_oracle, make_bench, stage_table
 from engine.recalibrate import recalibrate, training_batches
 from engine.reporting import write_json
+from engine.samples import sample_pairs
 from engine.scoring import CalibrationData, Scoring, score_model
 from models.blocks import Blocks, image_multiple
 from models.cfg import write_cfg
@@ -207,14 +209,19 @@ def _save(job: Job, cut: Cut, pruned: Model, bench: Bench, oracle: Mapping[str, 
     cfg, weights = folder / f"{stem}.cfg", folder / f"{stem}.pt"
     write_text(cfg, write_cfg(pruned.blocks))
     save_model(weights, pruned)
+    commands = next_commands(weights, cfg, options.data, bench.imgsz, options.weights)
     report = {
-        "weights": str(options.weights), "data": str(options.data), "pair": [str(cfg), str(weights)], "imgsz": bench.imgsz, **cut.report,
-        **bench.stages, "oracle": oracle, "layers": [vars(x) for x in cut.layers],
+        "weights": str(options.weights), "data": str(options.data), "pair": [str(cfg), str(weights)], "imgsz": bench.imgsz,
+        "exclude": list(options.exclude), "recalibrate": options.recalibrate, **cut.report,
+        **bench.stages, "oracle": oracle, "layers": [vars(x) for x in cut.layers], "commands": [vars(c) for c in commands],
     }  # fmt: skip
     write_json(folder / "report.json", report)
     plots.plot_widths([x.name for x in cut.layers], [x.before for x in cut.layers], [x.after for x in cut.layers], folder / "widths.png")
     plots.plot_gamma_before_after(_all_gammas(job.model), _all_gammas(pruned), cut.threshold, folder / "gammas.png")
-    LOGGER.info(f"pair: {cfg}\n      {weights}\nreport and pictures: {folder}")
+    samples = sample_pairs(job.model.network(), pruned.network(), bench.labels, pruned.names, bench.imgsz, device=job.device)
+    gammas = [{m.blocks[i].name: g for i, g in gamma_scores(m.blocks, m.state).items()} for m in (job.model, pruned)]
+    write_html(folder / "report.html", HtmlReport(stem, report, pruned.names, *gammas, samples, commands))
+    LOGGER.info(f"pair: {cfg}\n      {weights}\nreport and pictures: {folder}; to look at: {folder / 'report.html'}")
     LOGGER.info(
         f"next: python finetune_pruned.py --weights {weights} --data {options.data} --img {bench.imgsz} --distill --t_weight {options.weights}"
     )

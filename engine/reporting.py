@@ -56,3 +56,15 @@ class BatchPlots:
         predicted = [d.cpu().numpy()[:, [5, 0, 1, 2, 3, 4]] for d in detections]
         plots.plot_images(images, boxes_of(batch.images, batch.targets), self.names, self.folder / f"val_batch{index}_labels.jpg", paths)
         plots.plot_images(images, [np.asarray(p) for p in predicted], self.names, self.folder / f"val_batch{index}_pred.jpg", paths)
+
+
+def per_class(evaluation: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The figures of every class that has labels, in the order of the classes: name, labels, precision, recall, map50, map."""
+    r = evaluation.result
+    return [
+        {
+            "name": names[c] if c < len(names) else str(c), "labels": int(r.labels[i]), "precision": float(r.precision[i]),
+            "recall": float(r.recall[i]), "map50": float(r.ap[i, 0]), "map": float(r.ap[i].mean()),
+        }
+        for i, c in enumerate(r.classes)
+    ]  # fmt: skip

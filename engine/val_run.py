@@ -111,7 +111,8 @@ def _validate(options: ValOptions, world: World) -> Path:
         + f", at shape ({options.batch_size}, {network.channels}, {imgsz}, {imgsz})"
     )
     coco = sink.close(getattr(config, split))
-    write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, imgsz) | coco)
+    run = {"weights": str(options.weights), "data": str(options.data), "task": options.task, "imgsz": imgsz}
+    write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, imgsz) | run | coco)
     if options.plots:
         plot_evaluation(evaluation, names, folder)
     LOGGER.info(f"results saved to {folder}")

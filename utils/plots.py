@@ -451,3 +451,6 @@ def _tidy(axes: Axes, title: str, x: str, y: str) -> None:
 
 def _save(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=DPI)
+
+
+new_figure, tidy = _figure, _tidy  # for pictures that live in files of their own
