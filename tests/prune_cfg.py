@@ -28,7 +28,13 @@ class PruneCfg:
 
     def conv(self, filters: int, size: int = 1, stride: int = 1, pad: int = 1) -> int:
         return self.add(
-            "convolutional", "batch_normalize=1", f"filters={filters}", f"size={size}", f"stride={stride}", f"pad={pad}", f"activation={self.act}"
+            "convolutional",
+            "batch_normalize=1",
+            f"filters={filters}",
+            f"size={size}",
+            f"stride={stride}",
+            f"pad={pad}",
+            f"activation={self.act}",
         )
 
     def route(self, *layers: int) -> int:
