@@ -17,6 +17,7 @@ from tqdm import tqdm
 from engine.loop import Loop
 from engine.seams import EpochRecord, Observer
 from models.checkpoint import Model, load_model, save_model, stripped
+from pruning.proximal import ProximalStep
 from pruning.sparsity import SparsityTerm, advice, gammas, near_zero_share
 from utils import plots
 from utils.boxes import denormalise, xywh_to_xyxy
@@ -316,7 +317,7 @@ class GammaLog(Observer):
     """What users compare to choose their sparsity strength: gamma histograms per epoch, overall (`bn_weights/hist`) and per layer, the share
     near zero, the strength; advice in the log after a few epochs; and `gammas.png`, the distribution over the epochs."""
 
-    def __init__(self, paths: list[str], term: SparsityTerm, board: TensorBoard, folder: Path) -> None:
+    def __init__(self, paths: list[str], term: SparsityTerm | ProximalStep, board: TensorBoard, folder: Path) -> None:
         self.paths, self.term, self.board, self.folder = paths, term, board, folder
         self.history: list[np.ndarray] = []
         self.shares: list[float] = []
@@ -338,7 +339,9 @@ class GammaLog(Observer):
         self.shares.append(share)
         self.fitness.append(record.fitness)
         strength = self.term.strength
-        LOGGER.info(f"{'':>14}gammas near zero: {share:.1%} of {len(self.history[-1])}, strength {strength:g}")
+        zeros = int((self.history[-1] == 0).sum())
+        exact = f" ({zeros} exactly zero)" if zeros else ""
+        LOGGER.info(f"{'':>14}gammas near zero: {share:.1%} of {len(self.history[-1])}{exact}, strength {strength:g}")
         writer = self.board.writer
         writer.add_histogram("bn_weights/hist", self.history[-1], record.epoch, bins="doane")
         for path, layer in zip(self.paths, layers):

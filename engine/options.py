@@ -9,6 +9,8 @@ from typing import Any
 
 from utils.errors import InputError
 
+SPARSITY_METHODS = ("subgradient", "proximal")
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -17,7 +19,7 @@ class TrainOptions:
     `batch_size` is over all processes; -1: the largest that fits on CUDA.
 
     `strict`: a `cfg` must fit `weights` exactly (fine-tuning a pair); otherwise the tensors that fit are transferred.
-    `sr`: sparsity strength, None where the run is not a sparsity training. `teacher`: a checkpoint to distil from.
+    `sr`: sparsity strength, None where the run is not a sparsity training; `sparsity_method`: how it acts. `teacher`: a checkpoint to distil from.
     """
 
     data: str
@@ -59,6 +61,7 @@ class TrainOptions:
     teacher: str = ""
     teacher_cfg: str = ""
     distill_weight: float = 1.0
+    sparsity_method: str = "subgradient"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or (self.batch_size < 1 and self.batch_size != -1):
@@ -71,6 +74,8 @@ class TrainOptions:
             raise InputError(f"--seed {self.seed}: must not be negative")
         if (self.sr or 0) < 0 or self.beta_sr < 0:
             raise InputError(f"--sr {self.sr}, --beta-sr {self.beta_sr}: strengths must not be negative; 0 turns the penalty off")
+        if self.sparsity_method not in SPARSITY_METHODS:
+            raise InputError(f"--sparsity-method {self.sparsity_method}: choose {' or '.join(SPARSITY_METHODS)}")
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> TrainOptions:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from torch.optim import Optimizer
 
 from engine.autobatch import largest_batch
 from engine.evaluate import EvaluateOptions, evaluate
@@ -19,14 +20,15 @@ from engine.optim import build_optimizer
 from engine.options import TrainOptions
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from engine.resume import find_last, nothing_lost
-from engine.schedule import ScheduleOptions, YoloSchedule, warmup_batches
+from engine.schedule import ScheduleOptions, YoloSchedule, cosine, linear, warmup_batches
 from engine.seams import Evaluator, Objective, Observer, Seams
 from models.blocks import Blocks, flops, image_multiple, parameters
 from models.cfg import read_cfg_text, write_cfg
 from models.checkpoint import Model, load_model, read_structure, stripped, transfer, with_anchors_of, with_batch_norms
 from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms, with_placeholder_anchors
 from models.yaml_reader import ordered_anchors
-from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised
+from pruning.proximal import ProximalStep, reach
+from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised, strength_at
 from utils import plots
 from utils.anchors import autoanchor, label_sizes
 from utils.augment import AugmentOptions
@@ -254,7 +256,7 @@ def _assemble(
     schedule = YoloSchedule(optimizer, ScheduleOptions(
         options.epochs, hyp["lr0"], hyp["lrf"], hyp["momentum"], warmup, hyp["warmup_momentum"], hyp["warmup_bias_lr"], accumulate, options.cos_lr,
     ))  # fmt: skip
-    seams, checkpoints = _seams(network, data, hyp, options, folder, len(train_loader), objective)
+    seams, checkpoints = _seams(network, optimizer, data, hyp, options, folder, len(train_loader), objective)
     weights = ImageWeights(train_loader, data.train.labels, data.nc, options.seed) if options.image_weights else None
     if weights:
         seams.transitions.append(weights)
@@ -299,7 +301,7 @@ def _evaluator(
 
 
 def _seams(
-    network: Network, data: _Data, hyp: dict, options: TrainOptions, folder: Path, batches: int, objective: Objective
+    network: Network, optimizer: Optimizer, data: _Data, hyp: dict, options: TrainOptions, folder: Path, batches: int, objective: Objective
 ) -> tuple[Seams, Checkpoints]:
     """Observers in order: what has state comes before the checkpoint that saves it."""
     board = TensorBoard(folder)
@@ -312,25 +314,37 @@ def _seams(
     ]
     seams = Seams()
     if options.sr is not None:
-        term = _sparsity(network.blocks, hyp, options)
-        seams.terms.append(term)
-        seams.transitions.append(term)
         paths = penalised(network.blocks, shortcuts=options.prune == 1)
+        strength = SparsityOptions(options.sr, options.sr_decay, options.beta_sr)
+        if options.sparsity_method == "proximal":
+            term = ProximalStep(paths, strength, options.epochs, network, optimizer)
+            seams.masks.append(term)
+        else:
+            term = SparsityTerm(paths, strength, options.epochs)
+            seams.terms.append(term)
+        seams.transitions.append(term)
         observers.append(GammaLog(paths, term, board, folder))
+        _say_sparsity(paths, hyp, options, batches)
     observers += [EarlyStopping(options.patience), checkpoints]
     seams.observers.extend(observers)
     return seams, checkpoints
 
 
-def _sparsity(blocks: Blocks, hyp: dict, options: TrainOptions) -> SparsityTerm:
-    paths = penalised(blocks, shortcuts=options.prune == 1)
-    same = equivalent_scale(options.sr, options.batch_size)
+def _say_sparsity(paths: list[str], hyp: dict, options: TrainOptions, batches: int) -> None:
+    """The log's line on the penalty: how it acts, and what its strength amounts to."""
+    if options.sparsity_method == "proximal":
+        curve, epochs = cosine if options.cos_lr else linear, range(options.epochs)
+        rates = [hyp["lr0"] * curve(epoch, options.epochs, hyp["lrf"]) for epoch in epochs]
+        strengths = [strength_at(SparsityOptions(options.sr, options.sr_decay), epoch, options.epochs) for epoch in epochs]
+        steps = max(1, round(batches / max(round(hyp["nbs"] / options.batch_size), 1)))
+        same = f"over the run it alone takes {reach(rates, strengths, steps):.2g} off a gamma"
+    else:
+        scale = equivalent_scale(options.sr, options.batch_size)
+        same = f"in the predecessors this is --scale {scale:g} at batch {options.batch_size}"
     LOGGER.info(
-        f"sparsity: {len(paths)} batch norms penalised (--prune {options.prune}), strength {options.sr:g} per optimizer step"
-        + (", decaying to a tenth" if options.sr_decay else "")
-        + f"; in the predecessors this is --scale {same:g} at batch {options.batch_size}"
+        f"sparsity ({options.sparsity_method}): {len(paths)} batch norms penalised (--prune {options.prune}), strength {options.sr:g} per "
+        f"optimizer step{', decaying to a tenth' if options.sr_decay else ''}; {same}"
     )
-    return SparsityTerm(paths, SparsityOptions(options.sr, options.sr_decay, options.beta_sr), options.epochs)
 
 
 def _prepare_folder(folder: Path, options: TrainOptions, hyp: dict[str, float], data: _Data, fresh: bool) -> None:

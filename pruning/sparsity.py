@@ -1,6 +1,7 @@
 """Sparsity training: L1 on the gammas of batch norms (network slimming, Liu et al. 2017), as a gradient term of the loop.
 
-Added once per optimizer step, after unscaling and clipping, so its size depends neither on AMP nor on clipping nor on accumulation.
+This is the subgradient method; `pruning/proximal.py` is the other. The term is added once per optimizer step, after unscaling and
+clipping, so its size depends neither on AMP nor on clipping nor on accumulation.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ class SparsityOptions:
     beta: float = 0.0
 
 
+def strength_at(options: SparsityOptions, epoch: int, epochs: int) -> float:
+    """The strength in an epoch of a run of `epochs`; with decay s * (1 - 0.9 * epoch / epochs)."""
+    factor = 1 - 0.9 * epoch / epochs if options.decay else 1.0
+    return options.strength * factor
+
+
 def penalised(blocks: Blocks, shortcuts: bool) -> list[str]:
     """Paths of the batch norms to penalise: those that act on a prunable space; without `shortcuts`, not those of shortcut groups.
 
@@ -49,16 +56,11 @@ class SparsityTerm:
 
     def __init__(self, paths: list[str], options: SparsityOptions, epochs: int) -> None:
         self.paths, self.options, self.epochs = paths, options, epochs
-        self.strength = self.strength_at(0)
-
-    def strength_at(self, epoch: int) -> float:
-        """The penalty of an epoch; with decay s * (1 - 0.9 * epoch / epochs)."""
-        factor = 1 - 0.9 * epoch / self.epochs if self.options.decay else 1.0
-        return self.options.strength * factor
+        self.strength = strength_at(options, 0, epochs)
 
     def before_epoch(self, loop: object, epoch: int) -> None:
         """Transition seam: follow the schedule."""
-        self.strength = self.strength_at(epoch)
+        self.strength = strength_at(self.options, epoch, self.epochs)
 
     @torch.no_grad()
     def add(self, network: Network) -> None:

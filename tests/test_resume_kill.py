@@ -360,6 +360,7 @@ def test_a_loader_process_that_is_killed_is_one_line(place: Place, whole: Path) 
 
 @pytest.mark.parametrize("changes", [
     {}, {"sr": 0.01, "strict": True, "sr_decay": True, "prune": 0, "freeze": (1, 2)}, {"strict": True, "weights": "a b.pt", "teacher": "t.pt"},
+    {"sr": 1.0, "strict": True, "sparsity_method": "proximal"},
     {"amp": False, "cache": "ram", "exist_ok": True, "weights": "w.pt"} , {"rect": True, "nosave": True, "label_smoothing": 0.1},
 ])  # fmt: skip
 def test_the_printed_command_starts_the_same_run(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
