@@ -15,6 +15,8 @@ import torch
 
 from engine.cut import Cut, channel_cut, cost_line
 from engine.html_report import HtmlReport, next_commands, write_html
+from engine.latency_budget import select_for_latency
+from engine.latency_model import LayerTimes, network_ms
 from engine.prune_bench import Bench, check_oracle, make_bench, stage_table
 from engine.recalibrate import recalibrate, training_batches
 from engine.reporting import write_json
@@ -119,16 +121,17 @@ def select_cut(job: Job, channels: ChannelOptions) -> Cut:
     if policy.plan:
         _check_plan(policy.plan, spaces, scores, policy, blocks, channels.config)
     selector = Selector(spaces, scores, policy)
+    told, report = [], {}
     if channels.target is None:
-        selection, told, report = selector.select(), [], {}
+        selection = selector.select()
     else:
-        found = _within(job, selector, channels.target)
+        found, more = _within(job, selector, channels.target)
         selection, policy = found.selection, policy.scaled(found.amount)
-        told, report = [_budget_line(channels.target, found)], {"budget": _budget_report(channels.target, found)}
+        told, report = [_budget_line(channels.target, found, more)], {"budget": _budget_report(channels.target, found) | more}
     cut = channel_cut(job.model, spaces, scores, policy, selection)
     scoring = channels.scoring
     judged = f"criterion {scoring.criterion}, normalised by {scoring.normalization}; groups decide by {policy.equalize}"
-    chosen = {"criterion": scoring.criterion, "normalize": scoring.normalization, "equalize": policy.equalize}
+    chosen = {"criterion": scoring.criterion, "normalize": scoring.normalization, "equalize": policy.equalize, "config": channels.config}
     return replace(cut, lines=(*cut.lines, judged, *told), report={**chosen, **cut.report, **report})
 
 
@@ -153,15 +156,25 @@ def _check_plan(plan: LayerPlan, spaces: Spaces, scores: Scores, policy: PrunePo
             raise InputError(f"--config {source} entry {quota.entry}: every layer that it names stays whole ({names}: {'; '.join(why)})")
 
 
-def _within(job: Job, selector: Selector, target: Target) -> Budgeted:
+def _within(job: Job, selector: Selector, target: Target) -> tuple[Budgeted, dict[str, float]]:
+    """What the search found; for latencies also what was `predicted`, the full network's `before`, and the number of searches."""
     blocks = job.model.blocks
-    cost = cost_of(target.what, job.imgsz)
-    return select_for(blocks, selector, cost, target.of(cost(blocks)))
+    if target.what != "latency":
+        cost = cost_of(target.what, job.imgsz)
+        return select_for(blocks, selector, cost, target.of(cost(blocks))), {}
+    table = LayerTimes.measure(blocks, job.imgsz, job.device)
+    before = table.predict(blocks)  # calibrated: its measured time
+    result = select_for_latency(
+        blocks, selector, table.predict, lambda narrow: network_ms(narrow, job.imgsz, job.device), target.of(before)
+    )
+    return result.found, {"before": before, "predicted": result.predicted, "searches": result.rounds}
 
 
-def _budget_line(target: Target, found: Budgeted) -> str:
+def _budget_line(target: Target, found: Budgeted, more: Mapping[str, float]) -> str:
     off = found.cost / found.wanted - 1
     line = f"budget: {shown(target.what, found.cost)} of {shown(target.what, found.wanted)} wanted ({off:+.2%})"
+    if more:
+        line = f"{line}, measured; the layers predicted {more['predicted']:.2f} ms; the full network takes {more['before']:.2f} ms"
     return f"{line}; this is the nearest reachable: {found.reason}" if found.reason else line
 
 

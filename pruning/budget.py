@@ -69,9 +69,11 @@ def shown(what: str, cost: float) -> str:
 
 
 def cost_of(what: str, imgsz: int) -> Cost:
-    """The cost function of `params`, or of `flops` for one image of `imgsz` x `imgsz`."""
+    """The cost function of `params`, or of `flops` for one image of `imgsz` x `imgsz`. (Latency is measured: engine/latency_budget.py.)"""
     if what == "params":
         return lambda blocks: float(sum(parameters(blocks)))
+    if what != "flops":
+        raise ValueError(f"{what}: the structure alone does not tell this cost")
     return lambda blocks: float(sum(flops(blocks, imgsz, imgsz)))
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import prune_bench
-from models.blocks import flops, parameters
+from engine import prune_bench, prune_run
+from models.blocks import Blocks, flops, parameters
 from models.checkpoint import Model, load_model, save_model
 from pruning.choices import CRITERIA, EQUALIZE
 from tests.helpers import alive, small, write_dataset
@@ -77,6 +77,21 @@ def test_every_script_takes_a_budget(script: str, flag: str, stage: str, work: P
     blocks = load_model(next(folder.glob("*.pt"))).blocks
     assert {"params": sum(parameters(blocks)), "flops": sum(flops(blocks, 64, 64))}[stage] == r["pruned"][stage]
     assert f"{stage}_0.6" in next(folder.glob("*.cfg")).name
+
+
+def test_a_budget_of_latency_is_predicted_and_measured(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is a formula here: a millisecond per MFLOP, and the layers' table says a tenth too little."""
+
+    class Table:
+        def predict(self, blocks: Blocks) -> float:
+            return 0.9 * sum(flops(blocks, 64, 64)) / 1e6
+
+    monkeypatch.setattr(prune_run.LayerTimes, "measure", lambda *args: Table())
+    monkeypatch.setattr(prune_run, "network_ms", lambda blocks, *args: sum(flops(blocks, 64, 64)) / 1e6)
+    r = report(prune(work, "slim_prune", "latency", "--target-latency", 0.6))
+    budget = r["budget"]
+    assert budget["reached"] == pytest.approx(r["pruned"]["flops"] / 1e6) == pytest.approx(0.6 * budget["before"], rel=0.03)
+    assert budget["predicted"] == pytest.approx(0.9 * budget["reached"]) and budget["searches"] == 2 and budget["reason"] == ""
 
 
 @pytest.mark.parametrize("script", ["prune", "shortcut_prune", "slim_prune", "slim_prune_8x"])
