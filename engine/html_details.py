@@ -58,6 +58,25 @@ def _class_row(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Raw | str
     return cells
 
 
+def bottlenecks(report: Report) -> Raw | None:
+    """Of a layer pruning: every bottleneck with a shortcut, what it was judged by and what became of it."""
+    rows = [
+        [
+            el("code", b["name"]), number(b["gamma"], f"{b['gamma']:.4f}"), number(b["parameters"], f"{b['parameters']:,}"),
+            el("b", "removed") if b["removed"] else b["note"] or "stays",
+        ]
+        for b in report.get("bottlenecks") or ()
+    ]  # fmt: skip
+    if not rows:
+        return None
+    words = (
+        "A bottleneck goes by the mean |gamma| of its last convolution, the lowest first. In its place stays its input, plus the constant that "
+        "the branch gives without it, folded into what reads the sum."
+    )
+    caption = "Every bottleneck with a shortcut, in the order of the network."
+    return markup(el("p", words, class_="soft"), table(["Bottleneck", "mean |gamma|", "Parameters", "What became of it"], rows, caption))
+
+
 def widths(report: Report, before: Gammas, after: Gammas) -> Raw | None:
     """A bar per convolution, and folded away a table with the reasons and each layer's scales."""
     layers: Sequence[Mapping[str, Any]] = report.get("layers") or ()

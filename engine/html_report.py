@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.html_details import classes, gammas, widths
+from engine.html_details import bottlenecks, classes, gammas, widths
 from engine.samples import Sample
 from engine.verdict import STAGES, change, decision, final_stage, latency_size, tone, verdict
 from utils.files import write_text
@@ -83,6 +83,7 @@ def html(content: HtmlReport) -> str:
         ("next", "How to go on", _commands(content)),
         ("detections", "Detections side by side", _samples(content.samples)),
         ("classes", "mAP by class", classes(report, len(content.names))),
+        ("bottlenecks", "Bottlenecks", bottlenecks(report)),
         ("widths", "Channels by layer", widths(report, content.gammas_before, content.gammas_after)),
         ("gammas", "Batch norm scales", gammas(report, content.gammas_before, content.gammas_after)),
         ("check", "How it was checked", _check(report)),
@@ -240,12 +241,13 @@ def _check(report: Report) -> Raw | None:
         "On ", number(images, f"{images}"), " validation images the largest difference of the logits is ", number(difference, f"{difference:.2e}"),
         ", the bound for float32 is ", number(bound, f"{bound:.2e}"),
     )  # fmt: skip
+    what, one = ("bottlenecks", "branch's output") if report.get("removed") else ("channels", "channel's activation")
     changed = oracle.get("changed")
     cut = markup("; the cut itself moved them by up to ", number(changed, f"{changed:.3g}"), ".") if changed is not None else "."
     return markup(
         el(
             "p",
-            "Removing channels must equal silencing them: the network at full width, with every removed channel's activation multiplied by "
+            f"Removing {what} must equal silencing them: the network at full width, with every removed {one} multiplied by "
             "zero, gives what the small one gives. ",
             figures,
             cut,
@@ -256,7 +258,7 @@ def _check(report: Report) -> Raw | None:
 
 # Every option
 
-_SHOWN_ELSEWHERE = {*STAGES, "layers", "oracle", "commands"}
+_SHOWN_ELSEWHERE = {*STAGES, "layers", "bottlenecks", "oracle", "commands"}
 _MEANINGS = {
     "weights": "the checkpoint that was pruned",
     "data": "the data set that measured it",
@@ -277,6 +279,8 @@ _MEANINGS = {
     "equalize": "how the members of a channel space decide",
     "recalibrate": "training batches that re-estimated the batch norms",
     "exclude": "left alone by request",
+    "shortcuts": "number of bottlenecks to remove",
+    "removed": "the bottlenecks that are gone",
 }
 
 

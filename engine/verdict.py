@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Report = Mapping[str, Any]
@@ -15,7 +15,7 @@ STAGES = {
     "pruned": ("pruned", "the small network as it was written, without any training."),
     "recalibrated": ("recalibrated", "the small network with the statistics of its batch norms estimated anew on training images."),
 }
-_SHARES = {1 / 4: "A quarter", 1 / 3: "A third", 1 / 2: "Half", 2 / 3: "Two thirds", 3 / 4: "Three quarters"}
+_SHARES = {1 / 4: "a quarter", 1 / 3: "a third", 1 / 2: "half", 2 / 3: "two thirds", 3 / 4: "three quarters"}
 _BLIND = 0.01  # a network below this mAP@.5 finds next to nothing
 
 
@@ -57,13 +57,22 @@ def decision(report: Report) -> str:
     if stage is None:
         return "This report holds no figures of before and after."
     before, after = report["before"], report[stage]
-    parts = [_cut(report, before, after)]
+    parts = [*_bottlenecks(report.get("removed") or ()), _cut(report, before, after)]
     if "map50" in before and "map50" in after:
         when = "after recalibration, before any fine-tuning" if stage == "recalibrated" else "before any fine-tuning"
         parts.append(f"mAP@.5 is {after['map50']:.3f} of {before['map50']:.3f} {when}")
     if latency_size(report):
         parts.append(_speed(report, before["latency_ms"], after["latency_ms"]))
-    return _whole("; ".join(parts) + ".")
+    text = "; ".join(parts) + "."
+    return _whole(text[0].upper() + text[1:])
+
+
+def _bottlenecks(names: Sequence[str]) -> list[str]:
+    """What a layer pruning removed."""
+    if not names:
+        return []
+    count = "one bottleneck is" if len(names) == 1 else f"{len(names)} bottlenecks are"
+    return [f"{count} gone ({', '.join(names)})"]
 
 
 def _whole(text: str) -> str:
@@ -78,11 +87,11 @@ def _cut(report: Report, before: Mapping[str, Any], after: Mapping[str, Any]) ->
             at = f" at {report['imgsz']} px" if key == "flops" and "imgsz" in report else ""
             figures = f"({_short(before[key] / scale)} → {_short(after[key] / scale)} {form}{at})"
             if share < 5e-4:
-                return f"Nothing was removed {figures}"
+                return f"{'less than 0.1% of the ' + unit + ' are gone' if report.get('removed') else 'nothing was removed'} {figures}"
             return (
-                f"{_share_words(share)} of the {unit} {'is' if _share_words(share) in ('A quarter', 'A third') else 'are'} gone {figures}"
+                f"{_share_words(share)} of the {unit} {'is' if _share_words(share) in ('a quarter', 'a third') else 'are'} gone {figures}"
             )
-    return "The network was pruned"
+    return "the network was pruned"
 
 
 def _share_words(share: float) -> str:

@@ -30,6 +30,7 @@ SCRIPTS = (
     "shortcut_prune",
     "slim_prune",
     "slim_prune_8x",
+    "layer_prune",
     "val",
     "detect",
     "prune_detect",
