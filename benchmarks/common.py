@@ -38,9 +38,7 @@ def median_ratio(numerators: list[float], denominators: list[float]) -> float:
 
 def first_images(labels: LabelSet, count: int) -> LabelSet:
     """The first `count` images of a label set."""
-    return LabelSet(
-        labels.images[:count], labels.labels[:count], labels.sizes[:count], labels.found, labels.missing, labels.empty, labels.corrupt, ()
-    )
+    return labels.subset(range(min(count, len(labels))))
 
 
 def jpeg_yaml(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.evaluate import EvaluateOptions, evaluate
@@ -58,16 +59,28 @@ class Bench:
             row["latency_ms"] = {str(size): values[source] for size, values in measured.items()}
 
 
-def make_bench(model: Model, weights: str, data: str, imgsz: int, batch_size: int, device: torch.device, workers: int) -> Bench:
-    """The bench of a checkpoint on the validation split of `data`."""
+def make_bench(
+    model: Model, weights: str, data: str, imgsz: int, batch_size: int, device: torch.device, workers: int, images: int = 0, cache: str | None = None
+) -> Bench:  # fmt: skip
+    """The bench of a checkpoint on the validation split of `data`. `images`: on so many of its images alone, evenly spaced; `cache`: see
+    `DatasetOptions`."""
     config = read_data(data, ("val",))
     single = len(model.names) == 1
     if len(config.names) != len(model.names) and not single:
         raise InputError(f"{data} has {len(config.names)} classes, {weights} has {len(model.names)}; use the data it was trained on")
     network = model.network()
     labels = scan_labels(config.val, config.nc)
+    if 0 < images < len(labels):
+        labels = labels.subset(np.linspace(0, len(labels) - 1, images).round().astype(int).tolist())
     options = DatasetOptions(
-        imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=batch_size, single_cls=single, channels=network.channels
+        imgsz,
+        rect=True,
+        pad=0.5,
+        stride=network.max_stride,
+        batch_size=batch_size,
+        single_cls=single,
+        channels=network.channels,
+        cache=cache,
     )
     loader = make_loader(DetectionDataset(labels, options), evaluation_workers(workers, device))
     return Bench(labels, loader, Precision(device), imgsz, model.names)

@@ -19,9 +19,9 @@ class Strategy:
     equalize: str = "union"
 
 
-def add_prune_flags(p: Parser) -> None:
-    """What every pruning script takes."""
-    p.add_argument("--weights", required=True, help="any checkpoint: ours, a pruned one, a YOLOv5 .pt")
+def add_prune_flags(p: Parser, project: str = "runs/prune", required: bool = True) -> None:
+    """What every pruning script takes. `required`: `--weights` must be given."""
+    p.add_argument("--weights", required=required, help="any checkpoint: ours, a pruned one, a YOLOv5 .pt")
     add_cfg(p)
     p.add_argument("--data", default="data/digits.yaml", help="dataset .yaml, or Darknet .data")
     add_size(p, None)
@@ -34,7 +34,7 @@ def add_prune_flags(p: Parser) -> None:
         "--recalibrate", type=int, default=0, metavar="N", help="re-estimate batch norm statistics on N training batches after the cut"
     )
     p.add_argument("--dry-run", action="store_true", help="print the table; measure and write nothing")
-    add_run(p, "runs/prune")
+    add_run(p, project)
 
 
 def add_channel_flags(p: Parser, strategy: Strategy, percent: tuple[str, ...] = ("--percent",)) -> None:
@@ -48,13 +48,17 @@ def add_channel_flags(p: Parser, strategy: Strategy, percent: tuple[str, ...] = 
     p.add_argument("--target-flops", metavar="X", help="the same for FLOPs (0.5, 2.1G) of one image of --img pixels")
     p.add_argument("--target-latency", metavar="X", help="the same for the latency (0.5, 12ms) at batch 1 on this machine")
     p.add_argument("--config", default="", metavar="FILE", help="shares layer by layer: a list in NNI's style, YAML or JSON")
+    add_scoring_flags(p, "groups tied by a shortcut stay whole" if strategy.equalize == "keep" else strategy.equalize)
+    p.add_argument("--min-filters", type=int, default=1, metavar="N", help="fewest channels that stay in any layer")
+
+
+def add_scoring_flags(p: Parser, equalize: str) -> None:
+    """How channels are judged. `equalize`: what is said of `--equalize` left out."""
     p.add_argument("--criterion", choices=CRITERIA, default="gamma", help="what a channel is judged by")
     p.add_argument(
         "--normalize", choices=NORMALIZE, default="", help="how scores of layers are made comparable; gamma, random: none, others: mean"
     )
-    default = "groups tied by a shortcut stay whole" if strategy.equalize == "keep" else strategy.equalize
-    p.add_argument("--equalize", choices=EQUALIZE, default="", help=f"how the members of a group decide together; if left out: {default}")
-    p.add_argument("--min-filters", type=int, default=1, metavar="N", help="fewest channels that stay in any layer")
+    p.add_argument("--equalize", choices=EQUALIZE, default="", help=f"how the members of a group decide together; if left out: {equalize}")
     p.add_argument("--calibration-batches", type=int, default=8, metavar="N", help="training batches that --criterion taylor looks at")
     p.add_argument("--seed", type=int, default=0, help="for --criterion random, and for which images taylor sees")
 

@@ -6,7 +6,7 @@
     - {exclude: true, op_names: [model.4.cv3]}
 
 An entry speaks of the layers that meet all its `op_*` keys; a later entry takes a layer over from an earlier one. Layers that no entry asks
-for stay whole. YAML or JSON.
+for stay whole. YAML or JSON; the list may also be the value of `config_list` in a file that says more, as sensitivity.py writes it.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def read_plan(path: str | Path, blocks: Blocks) -> LayerPlan:
         entries = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--config {path}: not readable: {' '.join(str(error).split())}") from None
+    if isinstance(entries, dict) and "config_list" in entries:
+        entries = entries["config_list"]
     return make_plan(entries, blocks, f"--config {path}")
 
 

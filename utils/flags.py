@@ -38,6 +38,14 @@ def parser(description: str) -> Parser:
     return Parser(description=description, allow_abbrev=False, formatter_class=_Help)
 
 
+def typed(p: Parser, argv: Argv = None) -> set[str]:
+    """The names of the arguments that `argv` gives itself, rather than leave to their defaults."""
+    untyped = object()
+    names = [action.dest for action in p._actions if action.dest != "help"]
+    found = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, untyped)))
+    return {name for name in names if getattr(found, name) is not untyped}
+
+
 _SIZE = "long side of the network input, pixels"
 _SIDES = "network input, pixels: the long side, or height and width"
 

@@ -61,6 +61,11 @@ class LabelSet:
         """Number of boxes."""
         return sum(len(rows) for rows in self.labels)
 
+    def subset(self, positions: Sequence[int]) -> LabelSet:
+        """Some of the images, in that order. What was counted and said of the whole split stays."""
+        images, labels = ([items[i] for i in positions] for items in (self.images, self.labels))
+        return replace(self, images=tuple(images), labels=tuple(labels), sizes=self.sizes[list(positions)])
+
 
 @dataclass(frozen=True, eq=False)
 class _Inspected:
