@@ -38,7 +38,7 @@ FRACTIONS = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)  # of the largest wid
 PASSES, ROUNDS = 5, 3  # every point is measured this often, in several spells of the machine
 SECONDS = 20.0  # no further pass begins after that
 BUSY = 1.3  # median / least time of a layer above which something else is using the machine
-FREE = ("input", "yolo")  # hand on what they read
+FREE = ("input", "yolo", "softmax")  # hand on what they read
 
 
 class Setting(NamedTuple):

@@ -1,7 +1,7 @@
-"""The block list: a detector as a flat tuple of primitive blocks.
+"""The block list: a detector, or a classifier, as a flat tuple of primitive blocks.
 
 A YOLOv5 yaml and a Darknet cfg are two spellings of the same `tuple[Block, ...]`; training, evaluation, pruning and export see
-nothing else. Block 0 is always the image (`kind="input"`); `inputs` are absolute indices of earlier blocks. "The previous
+nothing else. A detector ends in one `yolo` block per level, a classifier in one `softmax` block. Block 0 is always the image (`kind="input"`); `inputs` are absolute indices of earlier blocks. "The previous
 layer" and relative offsets exist only in the readers and writers.
 
 Worked example, the stem of YOLOv5n followed by a stride-2 convolution::
@@ -57,7 +57,7 @@ class Block:
     )  # left, right, above, below: zeros of a zeropad; of a maxpool what never wins, beside `padding`
     level: int = 0  # yolo: index into Detect's level order
     anchors: tuple[tuple[float, float], ...] = ()  # yolo: this level's anchors (width, height) in pixels
-    classes: int = 0  # yolo
+    classes: int = 0  # yolo, softmax
     scale_x_y: float = 2.0  # yolo: in its cell, a centre is at scale * sigmoid - (scale - 1) / 2
     exp: bool = False  # yolo: a side is e^t x its anchor; otherwise (2 sigmoid)^2 x its anchor, as in YOLOv5
 
@@ -112,8 +112,20 @@ def _yolo(block: Block, channels: list[int]) -> int:
     return channels[0]
 
 
+def _softmax(block: Block, channels: list[int]) -> int:
+    if channels[0] != block.classes:
+        raise InputError(
+            f"block {block.name or 'softmax'}: its input has {channels[0]} channels, but {block.classes} classes need "
+            f"filters={block.classes} in the convolution before it"
+        )
+    return channels[0]
+
+
 def _downscaled(block: Block, scale: Fraction) -> Fraction:
     return scale * block.stride
+
+
+POINT = Fraction(0)  # the reduction of a map that is one cell whatever the image: what a global pool gives
 
 
 @dataclass(frozen=True)
@@ -139,8 +151,11 @@ KINDS: dict[str, Kind] = {
     "maxpool": Kind(_same, _downscaled),
     "zeropad": Kind(_same),
     "focus": Kind(lambda block, channels: 4 * channels[0], lambda block, scale: scale * 2),
+    "avgpool": Kind(_same, lambda block, scale: POINT),
     "yolo": Kind(_yolo),
+    "softmax": Kind(_softmax),
 }
+OUTPUTS = frozenset({"yolo", "softmax"})
 
 
 def image_block(channels: object, where: str) -> Block:
@@ -151,7 +166,7 @@ def image_block(channels: object, where: str) -> Block:
 
 
 def check(blocks: Sequence[Block]) -> Blocks:
-    """Return `blocks` as a tuple after checking every rule that makes it a detector; raise `InputError` naming the block.
+    """Return `blocks` as a tuple after checking every rule that makes it a model; raise `InputError` naming the block.
 
     Checked: kinds, activations, that inputs point backwards, channel counts (each block's `channels` is what its kind's rule
     gives), that the inputs of a concat or shortcut have one resolution, unique names of blocks that own tensors.
@@ -169,15 +184,28 @@ def check(blocks: Sequence[Block]) -> Blocks:
                     f"block {index} ({block.kind}): name={block.name or '(none)'} is {'used twice' if block.name else 'missing'}"
                 )
             owners.add(block.name)
+    _check_outputs(blocks)
+    _check_sizes(tuple(blocks))
+    return tuple(blocks)
+
+
+def _check_outputs(blocks: Sequence[Block]) -> None:
     levels = [block.level for block in blocks if block.kind == "yolo"]
+    classifiers = [i for i, block in enumerate(blocks) if block.kind == "softmax"]
+    if classifiers and (levels or len(classifiers) > 1):
+        raise InputError("a model either detects (yolo blocks) or classifies (one softmax block)")
+    if classifiers and reductions(tuple(blocks))[classifiers[0]] != POINT:
+        raise InputError(f"block {blocks[classifiers[0]].name or 'softmax'}: classes are scored once per image; pool before it (avgpool)")
+    if classifiers:
+        return
     if not levels:
-        raise InputError("the model has no detection level: a yaml ends with Detect, a cfg has [yolo] sections")
+        raise InputError(
+            "the model has no output: a yaml ends with Detect or Classify, a cfg has [yolo] sections or ends with [softmax]"
+        )
     if len({len(block.anchors) for block in blocks if block.kind == "yolo"}) > 1:
         raise InputError("the detection levels have different numbers of anchors; give each level as many")
     if sorted(levels) != list(range(len(levels))):
         raise InputError(f"yolo blocks carry the levels {levels}; each of 0..{len(levels) - 1} is needed once")
-    _check_sizes(tuple(blocks))
-    return tuple(blocks)
 
 
 def _check_one(blocks: Sequence[Block], index: int, block: Block) -> None:
@@ -243,19 +271,24 @@ def reductions(blocks: Blocks) -> list[Fraction]:
 
 
 def heads(blocks: Blocks) -> list[int]:
-    """Indices of the `yolo` blocks in Detect's level order."""
-    return sorted((i for i, block in enumerate(blocks) if block.kind == "yolo"), key=lambda i: blocks[i].level)
+    """Indices of the output blocks: the `yolo` blocks in Detect's level order, or the one `softmax` block."""
+    return sorted((i for i, block in enumerate(blocks) if block.kind in OUTPUTS), key=lambda i: blocks[i].level)
+
+
+def is_classifier(blocks: Sequence[Block]) -> bool:
+    """Whether the model scores whole images (`softmax`), rather than detecting (`yolo`)."""
+    return any(block.kind == "softmax" for block in blocks)
 
 
 def strides(blocks: Blocks) -> tuple[int, ...]:
-    """Stride in pixels of each detection level, in Detect's order."""
+    """Stride in pixels of each detection level, in Detect's order; of a classifier none."""
     scales = reductions(blocks)
-    return tuple(int(scales[i]) for i in heads(blocks))
+    return tuple(int(scales[i]) for i in heads(blocks) if blocks[i].kind == "yolo")
 
 
 def image_multiple(blocks: Blocks) -> int:
     """What the sides of an image must be multiples of, so that every map has whole cells: the deepest reduction, be it a head's or not."""
-    return lcm(*(scale.numerator for scale in reductions(blocks)))
+    return lcm(*(scale.numerator for scale in reductions(blocks) if scale != POINT))
 
 
 def consumers(blocks: Blocks) -> list[list[int]]:
@@ -283,6 +316,8 @@ def resolutions(blocks: Blocks, height: int, width: int) -> list[tuple[int, int]
             h, w = h * block.stride, w * block.stride
         elif block.kind == "focus":
             h, w = h // 2, w // 2
+        elif block.kind == "avgpool":
+            h, w = 1, 1
         sizes.append((h, w))
     return sizes
 

@@ -27,6 +27,8 @@ _KEYS: dict[str, set[str]] = {
     "maxpool": {"name", "size", "stride", "padding", "pads"},
     "zeropad": {"name", "padding"},
     "focus": {"name"},
+    "avgpool": {"name"},
+    "softmax": {"name", "classes"},
     "yolo": {"name", "mask", "anchors", "classes", "num", "new_coords", "scale_x_y"},
 }
 
@@ -129,6 +131,8 @@ _FIELDS = {
     "maxpool": _pool_keys,
     "zeropad": lambda block, writer: {"padding": ",".join(map(str, block.pads))},
     "focus": lambda block, writer: {},
+    "avgpool": lambda block, writer: {},
+    "softmax": lambda block, writer: {"classes": block.classes},
     "yolo": _yolo_keys,
 }
 
@@ -137,7 +141,7 @@ _FIELDS = {
 
 
 def read_cfg_text(text: str, source: str = "cfg", classes: int | None = None) -> Blocks:
-    """Read cfg text into blocks. `classes` replaces the number of classes (and the widths of the convolutions before `[yolo]`).
+    """Read cfg text into blocks. `classes` replaces the number of classes (and the widths of the convolutions before `[yolo]` or `[softmax]`).
 
     Raise `InputError` naming `source`, the line and the key for whatever is unknown or does not fit.
     """
@@ -254,5 +258,7 @@ _READERS = {
     "maxpool": _read_pool,
     "zeropad": lambda section: _read_pads(section, "padding"),
     "focus": lambda section: {},
+    "avgpool": lambda section: {},
+    "softmax": lambda section: {"classes": section.integer("classes")},
     "yolo": _read_yolo,
 }

@@ -102,12 +102,12 @@ def check_known(sections: list[Section], keys: Mapping[str, Collection[str]]) ->
 
 
 def with_classes(sections: list[Section], classes: int) -> list[Section]:
-    """Set `classes` in every [yolo] and the filters of the convolution above it."""
+    """Set `classes` in every [yolo] and [softmax] and the filters of the convolution above it."""
     changed = list(sections)
     for i, section in enumerate(sections):
-        if section.kind == "yolo" and i and sections[i - 1].kind == "convolutional":
-            na = len(section.numbers("mask"))
+        if section.kind in ("yolo", "softmax") and i and sections[i - 1].kind == "convolutional":
+            width = len(section.numbers("mask")) * (classes + 5) if section.kind == "yolo" else classes
             changed[i] = replace(section, values=section.values | {"classes": str(classes)})
             above = sections[i - 1]
-            changed[i - 1] = replace(above, values=above.values | {"filters": str(na * (classes + 5))})
+            changed[i - 1] = replace(above, values=above.values | {"filters": str(width)})
     return changed

@@ -27,7 +27,7 @@ SHIPPED_HUB = ("yolov5s6", "yolov5s-ghost", "yolov3-tiny")  # one each with four
 
 def stock_cfgs() -> dict[Path, str]:
     """Path -> text of every cfg file that ships, generated from the yaml of the same name: P5, and a few of the others."""
-    paths = sorted((ROOT / "models").glob("yolov5*.yaml")) + [ROOT / "models" / "hub" / f"{name}.yaml" for name in SHIPPED_HUB]
+    paths = sorted((ROOT / "models").glob("yolov5?.yaml")) + [ROOT / "models" / "hub" / f"{name}.yaml" for name in SHIPPED_HUB]
     return {ROOT / "cfg" / f"{path.stem}.cfg": write_cfg(read_structure(path)) for path in paths}
 
 

@@ -9,6 +9,7 @@ Most of what Darknet does not have is rewritten without changing a value:
 - A `batchnorm` over a concat of bare convolutions is shared out among them; any other is a depthwise 1x1 convolution with weight one.
 - A `zeropad` is a depthwise convolution with a single one in its kernel: P = the largest of its pads, size 2P + 1 - (left + right),
   padding P, the one at row P - above and column P - left. (Darknet's own pools are padded by what never wins, so they cannot hold it.)
+- An `avgpool` over the whole map and a `softmax` are Darknet's own; there the softmax is taken, here the logits are the output.
 - A `shortcut` of several inputs is a chain; a slice of a `route` is one of `groups` equal parts.
 
 What OpenCV 4.14 makes of `[yolo]`, found by experiment (tests/test_darknet.py holds it): one output per section, of the rows (y, x, anchor), y
@@ -309,6 +310,16 @@ def _write_yolo(writer: _Writer, index: int) -> None:
     writer.place[index] = writer.emit("yolo", keys | {"scale_x_y": block.scale_x_y, "thresh": 0})
 
 
+def _write_avgpool(writer: _Writer, index: int) -> None:
+    writer.bring(writer.blocks[index].inputs[0])
+    writer.place[index] = writer.emit("avgpool", {})
+
+
+def _write_softmax(writer: _Writer, index: int) -> None:
+    writer.bring(writer.blocks[index].inputs[0])
+    writer.place[index] = writer.emit("softmax", {"groups": 1})
+
+
 def _alias(writer: _Writer, index: int) -> None:
     """A focus: written with the convolutions that read it."""
 
@@ -322,5 +333,7 @@ _WRITERS: dict[str, Callable[[_Writer, int], None]] = {
     "shortcut": _write_shortcut,
     "maxpool": _write_maxpool,
     "upsample": _write_upsample,
+    "avgpool": _write_avgpool,
+    "softmax": _write_softmax,
     "yolo": _write_yolo,
 }

@@ -189,6 +189,19 @@ def detect(g: Graph, path: str, inputs: tuple[int, ...], nc: int, anchors: list[
     return len(g.blocks) - 1
 
 
+def global_pool(g: Graph, path: str, x: int, size: int = 1) -> int:
+    """The mean of each channel over the whole map."""
+    if size != 1:
+        raise InputError(f"{path}: AdaptiveAvgPool2d to {size}; only to 1, the mean of the whole map, is possible")
+    return g.add("avgpool", (x,), path)
+
+
+def classify(g: Graph, path: str, x: int, nc: int) -> int:
+    """A linear layer to `nc` logits over a pooled map, (B, c, 1, 1): a 1x1 convolution with bias, which is the same thing."""
+    y = g.add("convolutional", (x,), f"{path}.linear", channels=nc, bias=True)
+    return g.add("softmax", (y,), path, classes=nc)
+
+
 @dataclass(frozen=True)
 class Module:
     """How a yaml row uses a builder: `scaled` output channels come first in its arguments; `inner` repeats are its second
@@ -218,6 +231,8 @@ MODULES: dict[str, Module] = {
     "MaxPool2d": Module(max_pool, scaled=False),
     "ZeroPad2d": Module(zero_pad, scaled=False),
     "BatchNorm2d": Module(batch_norm, scaled=False),
+    "AdaptiveAvgPool2d": Module(global_pool, scaled=False),
+    "Classify": Module(classify, scaled=False),
     "Detect": Module(detect, scaled=False, several=True),
 }
 

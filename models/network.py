@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Block, Blocks, check, consumers, flops, heads, image_multiple, parameters, strides
+from models.blocks import OUTPUTS, Block, Blocks, check, consumers, flops, heads, image_multiple, parameters, strides
 from utils.decode import Level
 
 _ACTIVATIONS: dict[str, Callable[[bool], nn.Module]] = {
@@ -41,10 +41,10 @@ class ConvUnit(nn.Module):
 
 
 class Network(nn.Module):
-    """A detector built from `blocks`.
+    """A detector or classifier built from `blocks`.
 
     `forward((B, channels, H, W) float in 0..1) -> [(B, na*(5+nc), H/s, W/s) raw logits per level]` in Detect's order; H and W must be
-    multiples of `max_stride`. An intermediate is freed at its last use.
+    multiples of `max_stride`. Of a classifier the list holds one map, (B, nc, 1, 1) raw logits. An intermediate is freed at its last use.
     """
 
     def __init__(self, blocks: Blocks) -> None:
@@ -64,9 +64,9 @@ class Network(nn.Module):
         self._last_use = [max(r, default=i) for i, r in enumerate(readers)]
 
     def _register_anchors(self) -> None:
-        if not self.heads:
+        levels = [self.blocks[i] for i in self.heads if self.blocks[i].kind == "yolo"]
+        if not levels:
             return
-        levels = [self.blocks[i] for i in self.heads]
         cells = [torch.tensor(b.anchors, dtype=torch.float32) / s for b, s in zip(levels, self.strides)]
         holder = _descend(self, levels[0].name)
         holder.register_buffer("anchors", torch.stack(cells))
@@ -83,7 +83,7 @@ class Network(nn.Module):
 
     @property
     def anchors(self) -> Tensor:
-        """Anchors (levels, na, 2) in pixels."""
+        """Anchors (levels, na, 2) in pixels; empty of a classifier."""
         return torch.tensor([self.blocks[i].anchors for i in self.heads], dtype=torch.float32)
 
     @property
@@ -102,7 +102,7 @@ class Network(nn.Module):
             for i in block.inputs:
                 if self._last_use[i] == index:
                     live.pop(i, None)
-            if block.kind == "yolo":
+            if block.kind in OUTPUTS:
                 maps[index] = y
             elif self._last_use[index] > index:
                 live[index] = y
@@ -162,7 +162,9 @@ _OPS: dict[str, Callable[[Block, Blocks], Callable[..., Tensor]]] = {
     "maxpool": _op_maxpool,
     "zeropad": lambda block, blocks: lambda x: F.pad(x, block.pads),
     "focus": lambda block, blocks: _focus,
+    "avgpool": lambda block, blocks: lambda x: x.mean((2, 3), keepdim=True),
     "yolo": lambda block, blocks: lambda x: x,
+    "softmax": lambda block, blocks: lambda x: x,  # raw logits, like a yolo block: the loss and `decode` take it from there
 }
 
 

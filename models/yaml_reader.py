@@ -27,7 +27,7 @@ def read_yaml(path: Path, nc: int | None = None) -> Blocks:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not a readable yaml: {' '.join(str(error).split())}") from None
     if not isinstance(spec, dict) or not {"backbone", "head"} <= spec.keys():
-        raise InputError(f"{path}: not a model yaml: it needs the keys nc, anchors, backbone and head")
+        raise InputError(f"{path}: not a model yaml: it needs the keys nc, backbone and head, and a detector anchors")
     return from_spec(spec, str(path), nc)
 
 
@@ -47,7 +47,7 @@ def from_spec(spec: dict, source: str, nc: int | None = None) -> Blocks:
     multiple = spec.get("channel_multiple") or 8
     if not isinstance(multiple, int) or multiple < 1:
         raise InputError(f"{source}: channel_multiple must be a positive whole number, got {multiple!r}")
-    na = len(anchors[0]) // 2
+    na = len(anchors[0]) // 2 if anchors else 0
     act = _activation(spec, "activation", "silu", source)
     graph = Graph(activation=act, csp_activation=_activation(spec, "csp_activation", act, source))
     image = image_block(3 if spec.get("ch") is None else spec["ch"], f"{source}: ch")
@@ -125,7 +125,9 @@ def _scale_width(channels: object, width: float, head: int, multiple: int, where
 
 
 def _anchors(anchors: object, rows: list, source: str) -> list[list[float]]:
-    """Per-level lists of pixels; an integer k stands for k placeholder anchors per level, which autoanchor replaces."""
+    """Per-level lists of pixels; an integer k stands for k placeholder anchors per level, which autoanchor replaces. A classifier has none."""
+    if anchors is None and not any(isinstance(row, list) and "Detect" in row[2:3] for row in rows):
+        return []
     if isinstance(anchors, int) and anchors > 0:
         last = rows[-1][0] if isinstance(rows[-1], list) and isinstance(rows[-1][0], list) else [0]
         return [[float(v) for v in range(2 * anchors)] for _ in last]

@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from models.blocks import Blocks
+from models.blocks import OUTPUTS, Blocks
 
 
 class KeepReason(Enum):
@@ -130,7 +130,7 @@ def find_spaces(blocks: Blocks) -> Spaces:
             channels.append(np.tile(inputs[0], 4))
         else:
             channels.append(inputs[0])
-            if block.kind == "yolo":
+            if block.kind in OUTPUTS:
                 kept.append((inputs[0], KeepReason.FEEDS_YOLO))
     roots = [union.roots(ids) for ids in channels]
     names, flat = np.unique(np.concatenate(roots), return_inverse=True)

@@ -53,7 +53,9 @@ _CARRY: dict[str, Callable[[Block, list[Tensor]], Tensor]] = {
     "upsample": lambda block, inputs: inputs[0],
     "maxpool": lambda block, inputs: inputs[0],
     "zeropad": lambda block, inputs: inputs[0],  # the border holds zeros instead; no bias can tell it from the interior
+    "avgpool": lambda block, inputs: inputs[0],
     "yolo": lambda block, inputs: inputs[0],
+    "softmax": lambda block, inputs: inputs[0],
 }
 
 

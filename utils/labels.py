@@ -200,7 +200,7 @@ def _inspect(image: Path) -> _Inspected:
     label = label_path(image)
     culprit = image
     try:
-        size, mended = _image_size(image)
+        size, mended = image_size(image)
         culprit = label
         text = _label_text(label)
         rows, note = parse_labels(text or "")
@@ -223,7 +223,7 @@ def _label_text(label: Path) -> str | None:
     return None
 
 
-def _image_size(path: Path) -> tuple[tuple[int, int], bool]:
+def image_size(path: Path) -> tuple[tuple[int, int], bool]:
     """Decode an image to learn that it can be, and return ((width, height), whether its JPEG end marker is missing)."""
     image, mended = _decode(path, cv2.IMREAD_GRAYSCALE)
     if image is None:
