@@ -1,4 +1,4 @@
-"""Measure a checkpoint's mAP by YOLOv5's protocol.
+"""Measure a checkpoint's mAP by YOLOv5's protocol; a classifier's accuracy (--data: a folder with val/CLASS/*.jpg).
 
 python val.py --weights runs/train/exp/weights/best.pt --data data/mine.yaml --img 640
 """

@@ -130,7 +130,7 @@ def evaluate_classes(network: Network, loader: EpochLoader, precision: Precision
 def accuracy_metrics(found: Accuracy, blocks: Blocks, imgsz: int) -> dict[str, Any]:
     """The machine-readable figures of metrics.json."""
     return {
-        "task": "classify", "images": found.images, **found.metrics(), "params": sum(parameters(blocks)), "flops": sum(flops(blocks, imgsz, imgsz)),
+        "task": "classify", "imgsz": imgsz, "images": found.images, **found.metrics(), "params": sum(parameters(blocks)), "flops": sum(flops(blocks, imgsz, imgsz)),
         "speed_ms": {"inference": found.seconds / max(found.images, 1) * 1e3},
     }  # fmt: skip
 

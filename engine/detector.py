@@ -13,7 +13,7 @@ import numpy as np
 from engine.detect_files import write_image
 from engine.predict import log_line
 from engine.predictor import Detections, Limits, Predictor, build_predictor, check_classes
-from models.checkpoint import load_model
+from models.checkpoint import load_model, require_detector
 from utils.errors import InputError
 from utils.files import OwnNames, make_folder, run_folder
 from utils.labels import load_image
@@ -34,7 +34,7 @@ def load(
     for CUDA where there is one. `augment`: with test-time augmentation. `dialect`: whose cfg it is,
     told by its keys if "auto". Raises `InputError` for whatever does not fit, naming it.
     """
-    model = load_model(weights, cfg or None, dialect)
+    model = require_detector(load_model(weights, cfg or None, dialect), weights)
     sides = (imgsz,) if isinstance(imgsz, int) else tuple(imgsz) if imgsz is not None else None
     detector = Detector(build_predictor(model, sides, device, half, augment), model.names)
     detector.conf, detector.iou, detector.max_det, detector.agnostic = conf, iou, max_det, agnostic

@@ -26,6 +26,10 @@ from utils.labels import load_image
 from utils.log import LOGGER
 
 CSV_WIDTH = 20
+SHORT = {
+    "metrics/precision": "P", "metrics/recall": "R", "metrics/mAP_0.5": "mAP50", "metrics/mAP_0.5:0.95": "mAP50-95",
+    "metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5",
+}  # fmt: skip
 
 
 class Progress(Observer):
@@ -59,11 +63,8 @@ class Progress(Observer):
             self.bar.close()
         self.bar, self._epoch = None, record.epoch + 1
         if record.metrics:
-            m = record.metrics
-            LOGGER.info(
-                f"{'':>14}P {m['metrics/precision']:.3f}  R {m['metrics/recall']:.3f}  "
-                f"mAP50 {m['metrics/mAP_0.5']:.3f}  mAP50-95 {m['metrics/mAP_0.5:0.95']:.3f}"
-            )
+            shown = "  ".join(f"{short} {record.metrics[name]:.3f}" for name, short in SHORT.items() if name in record.metrics)
+            LOGGER.info(f"{'':>14}{shown}")
         return False
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.detect_files import DetectionFiles, Drawing, Kept
 from engine.predictor import Detections, Limits, Predictor, build_predictor, check_classes
-from models.checkpoint import load_model
+from models.checkpoint import load_model, require_detector
 from utils.errors import InputError
 from utils.files import make_folder, run_folder
 from utils.log import LOGGER
@@ -50,7 +50,7 @@ def predict(options: PredictOptions) -> Path:
     """Detect in every frame of `options.source`; return the run folder. Nothing is written before the first frame was read."""
     if options.view_img:
         _check_windows()
-    model = load_model(options.weights, options.cfg or None, options.dialect)
+    model = require_detector(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
     check_classes(options.limits.classes, model.names, "--classes")
     predictor = build_predictor(model, options.imgsz, options.device, options.half, options.augment)
     with closing(frames(options.source, options.vid_stride)) as source:

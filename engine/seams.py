@@ -27,7 +27,7 @@ class Objective(Protocol):
     names: tuple[str, ...]
 
     def __call__(self, network: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) images in 0..1 and (m, 6) targets -> the scalar loss and its detached parts (len(names),).
+        """(B, 3, H, W) images in 0..1 and (m, 6) targets (of a classifier one per image, the whole of it) -> the scalar loss and its detached parts (len(names),).
 
         With several processes the mean of both over the processes is that of the whole batch.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import yaml
 from torch.optim import Optimizer
 
 from engine.autobatch import largest_batch
+from engine.classify import CLASSIFICATION
 from engine.evaluate import EvaluateOptions, evaluate
 from engine.image_weights import ImageWeights
 from engine.loop import Loop, LoopOptions
@@ -22,9 +23,10 @@ from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from engine.resume import find_last, nothing_lost
 from engine.schedule import ScheduleOptions, YoloSchedule, cosine, linear, warmup_batches
 from engine.seams import Evaluator, Objective, Observer, Seams
-from models.blocks import Blocks, flops, image_multiple, parameters
+from engine.task import Goal, Task, TrainData
+from models.blocks import Blocks, flops, image_multiple, is_classifier, parameters
 from models.cfg import read_cfg_text, write_cfg
-from models.checkpoint import Model, load_model, read_structure, stripped, transfer, with_anchors_of, with_batch_norms
+from models.checkpoint import Model, load_model, read_structure, require_detector, stripped, transfer, with_anchors_of, with_batch_norms
 from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms, with_placeholder_anchors
 from models.yaml_reader import ordered_anchors
 from pruning.proximal import ProximalStep, reach
@@ -32,33 +34,20 @@ from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, pe
 from utils import plots
 from utils.anchors import autoanchor, label_sizes
 from utils.augment import AugmentOptions
-from utils.data_config import DataConfig, read_data
+from utils.data_config import read_data
 from utils.dataset import DatasetOptions, DetectionDataset, EpochLoader, make_loader
 from utils.device import Precision, evaluation_workers, select_device, training_precision, worker_count
 from utils.errors import InputError
 from utils.files import make_folder, remove_temporaries, run_folder, write_text
 from utils.flags import multiple
 from utils.hyp import read_hyp
-from utils.labels import LabelSet, scan_labels
+from utils.labels import scan_labels
 from utils.log import LOGGER
 from utils.loss import DetectionLoss, LossOptions
 from utils.world import World, join
 
 # The columns of an evaluation in results.csv and TensorBoard: YOLOv5's names, in the order of `Evaluation.metrics()` and `losses`.
 METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95", "val/box_loss", "val/obj_loss", "val/cls_loss")
-
-
-@dataclass(frozen=True)
-class _Data:
-    config: DataConfig
-    names: tuple[str, ...]
-    train: LabelSet
-    val: LabelSet
-    imgsz: int
-
-    @property
-    def nc(self) -> int:
-        return len(self.names)
 
 
 def train(options: TrainOptions) -> Path:
@@ -96,10 +85,11 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: Wo
     )
     torch.manual_seed(options.seed + 1)
     blocks, state = (resumed.blocks, None) if resumed else _structure(options)
+    task = CLASSIFICATION if is_classifier(blocks) else DETECTION
     with world.main_first():
-        data = _read_data(options, max(32, image_multiple(blocks)), world)
+        data = task.read(options, max(32, image_multiple(blocks)), world)
     if not resumed:
-        blocks = _for_data(blocks, data, hyp, options)
+        blocks = task.fit(blocks, data, hyp, options)
     network = _network(blocks, state, options, hyp)
     precision = training_precision(device, options.amp)
     if options.sync_bn:
@@ -108,19 +98,21 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: Wo
     if options.batch_size == -1:
         each = min(world.gather(largest_batch(network, data.imgsz, precision)))
         options = replace(options, batch_size=world.size * each)
-    loop, checkpoints = _assemble(network, data, hyp, options, precision, folder, world)
+    loop, checkpoints = _assemble(task, network, data, hyp, options, precision, folder, world)
     if resumed:
         loop.load_state_dict(resumed.training, resumed.state, resumed.epoch)
     with nothing_lost(checkpoints, options):
         if world.is_main:
-            _prepare_folder(folder, options, hyp, data, fresh=not resumed)
+            _prepare_folder(folder, options, hyp)
+            if not resumed or not (folder / "labels.jpg").exists():
+                task.pictures(folder, data)
         LOGGER.info(
             f"training {len(data.train)} images, validating {len(data.val)}, {data.imgsz} px, {precision_text(precision)}"
             + (f", {world.size} processes" if world.size > 1 else "")
             + f"; results go to {folder}"
         )
         loop.run()
-        return _finish(checkpoints, data, options, precision, folder) if world.is_main else folder
+        return _finish(task, checkpoints, data, options, precision, folder) if world.is_main else folder
 
 
 def _check_world(options: TrainOptions, device: torch.device, world: World) -> None:
@@ -158,17 +150,17 @@ def _structure(options: TrainOptions) -> tuple[Blocks, dict | None]:
     return read_structure(options.cfg, dialect=options.dialect), None
 
 
-def _read_data(options: TrainOptions, stride: int, world: World) -> _Data:
+def _read_data(options: TrainOptions, stride: int, world: World) -> TrainData:
     config = read_data(options.data)
     names = ("item",) if options.single_cls else config.names
     imgsz = multiple(options.imgsz, stride)
     if imgsz != options.imgsz:
         LOGGER.info(f"--imgsz {options.imgsz} is raised to {imgsz}, a multiple of {stride}")
     quiet = not world.is_main
-    return _Data(config, names, scan_labels(config.train, config.nc, quiet=quiet), scan_labels(config.val, config.nc, quiet=quiet), imgsz)
+    return TrainData(names, scan_labels(config.train, config.nc, quiet=quiet), scan_labels(config.val, config.nc, quiet=quiet), imgsz)
 
 
-def _for_data(blocks: Blocks, data: _Data, hyp: dict[str, float], options: TrainOptions) -> Blocks:
+def _for_data(blocks: Blocks, data: TrainData, hyp: dict[str, float], options: TrainOptions) -> Blocks:
     """Set the number of classes to the data's and that of anchors to the hyp file's, and fit the anchors unless `--noautoanchor`."""
     if any(b.exp or b.scale_x_y != 2.0 for b in blocks if b.kind == "yolo"):
         raise InputError(
@@ -218,7 +210,7 @@ def _network(blocks: Blocks, state: dict | None, options: TrainOptions, hyp: dic
 
 
 def _loaders(
-    data: _Data, hyp: dict[str, float], options: TrainOptions, network: Network, device: torch.device, world: World
+    data: TrainData, hyp: dict[str, float], options: TrainOptions, network: Network, precision: Precision, world: World
 ) -> tuple[EpochLoader, EpochLoader]:
     augment = AugmentOptions.from_hyp(hyp)
     common = DatasetOptions(
@@ -233,7 +225,7 @@ def _loaders(
         common, augment=augment, rect=options.rect, batch_size=options.batch_size, quad=options.quad, multi_scale=options.multi_scale
     )
     validation = replace(common, rect=True, pad=0.5, batch_size=2 * options.batch_size)
-    workers, beside = worker_count(options.workers, world), evaluation_workers(options.workers, device, world)
+    workers, beside = worker_count(options.workers, world), evaluation_workers(options.workers, precision.device, world)
     pin = torch.cuda.is_available()
     return (
         make_loader(DetectionDataset(data.train, training), workers, shuffle=True, pin_memory=pin, world=world),
@@ -242,35 +234,43 @@ def _loaders(
 
 
 def _assemble(
-    network: Network, data: _Data, hyp: dict, options: TrainOptions, precision: Precision, folder: Path, world: World
+    task: Task, network: Network, data: TrainData, hyp: dict, options: TrainOptions, precision: Precision, folder: Path, world: World
 ) -> tuple[Loop, Checkpoints]:
     """Build the loop and its seams."""
-    train_loader, val_loader = _loaders(data, hyp, options, network, precision.device, world)
-    loss_options = LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)})
-    loss = DetectionLoss(network.anchors, network.strides, data.nc, data.imgsz, loss_options, world, samples=4 if options.quad else 1)
-    objective = _objective(loss, options, precision, network)
+    loaders = task.loaders(data, hyp, options, network, precision, world)
+    goal = task.goal(network, data, hyp, options, precision, loaders, world)
     accumulate = max(round(hyp["nbs"] / options.batch_size), 1)
     decay = hyp["weight_decay"] * options.batch_size * accumulate / hyp["nbs"]
     optimizer = build_optimizer(network, options.optimizer, hyp["lr0"], hyp["momentum"], decay)
-    warmup = warmup_batches(hyp["warmup_epochs"], len(train_loader), int(hyp["warmup_min_batches"]))
+    warmup = warmup_batches(hyp["warmup_epochs"], len(loaders[0]), int(hyp["warmup_min_batches"]))
     schedule = YoloSchedule(optimizer, ScheduleOptions(
         options.epochs, hyp["lr0"], hyp["lrf"], hyp["momentum"], warmup, hyp["warmup_momentum"], hyp["warmup_bias_lr"], accumulate, options.cos_lr,
     ))  # fmt: skip
-    seams, checkpoints = _seams(network, optimizer, data, hyp, options, folder, len(train_loader), objective)
-    weights = ImageWeights(train_loader, data.train.labels, data.nc, options.seed) if options.image_weights else None
-    if weights:
-        seams.transitions.append(weights)
+    seams, checkpoints = _seams(task, network, optimizer, data, hyp, options, folder, len(loaders[0]), goal.objective)
+    seams.transitions.extend(goal.transitions)
     if not world.is_main:
         seams.observers.clear()
-    evaluator = _evaluator(val_loader, precision, options, loss.alone(), world, weights)
     loop_options = LoopOptions(options.epochs, evaluate_every_epoch=not options.noval)
-    return Loop(network, objective, optimizer, schedule, train_loader, evaluator, precision, loop_options, seams, world), checkpoints
+    return Loop(
+        network, goal.objective, optimizer, schedule, loaders[0], goal.evaluator, precision, loop_options, seams, world
+    ), checkpoints  # fmt: skip
+
+
+def _goal(
+    network: Network, data: TrainData, hyp: dict, options: TrainOptions, precision: Precision, loaders: tuple[EpochLoader, EpochLoader], world: World
+) -> Goal:  # fmt: skip
+    train_loader, val_loader = loaders
+    loss_options = LossOptions(**{f.name: hyp[f.name] for f in fields(LossOptions)})
+    loss = DetectionLoss(network.anchors, network.strides, data.nc, data.imgsz, loss_options, world, samples=4 if options.quad else 1)
+    weights = ImageWeights(train_loader, data.train.labels, data.nc, options.seed) if options.image_weights else None
+    evaluator = _evaluator(val_loader, precision, options, loss.alone(), world, weights)
+    return Goal(_objective(loss, options, precision, network), evaluator, (weights,) if weights else ())
 
 
 def _objective(loss: DetectionLoss, options: TrainOptions, precision: Precision, student: Network) -> Objective:
     if not options.teacher:
         return DetectionObjective(loss)
-    model = load_model(options.teacher, options.teacher_cfg or None)
+    model = require_detector(load_model(options.teacher, options.teacher_cfg or None), options.teacher)
     teacher = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
     if teacher.channels != student.channels:
         raise InputError(
@@ -301,7 +301,15 @@ def _evaluator(
 
 
 def _seams(
-    network: Network, optimizer: Optimizer, data: _Data, hyp: dict, options: TrainOptions, folder: Path, batches: int, objective: Objective
+    task: Task,
+    network: Network,
+    optimizer: Optimizer,
+    data: TrainData,
+    hyp: dict,
+    options: TrainOptions,
+    folder: Path,
+    batches: int,
+    objective: Objective,
 ) -> tuple[Seams, Checkpoints]:
     """Observers in order: what has state comes before the checkpoint that saves it."""
     board = TensorBoard(folder)
@@ -310,7 +318,7 @@ def _seams(
         board,
         Progress(batches, options.epochs, objective.names, data.imgsz),
         BatchPictures(folder, data.names),
-        CsvLog(folder / "results.csv", METRICS),
+        CsvLog(folder / "results.csv", task.metrics),
     ]
     seams = Seams()
     if options.sr is not None:
@@ -347,27 +355,39 @@ def _say_sparsity(paths: list[str], hyp: dict, options: TrainOptions, batches: i
     )
 
 
-def _prepare_folder(folder: Path, options: TrainOptions, hyp: dict[str, float], data: _Data, fresh: bool) -> None:
+def _prepare_folder(folder: Path, options: TrainOptions, hyp: dict[str, float]) -> None:
     make_folder(folder / "weights")
     for place in (folder, folder / "weights"):
         remove_temporaries(place)
     saved = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
     write_text(folder / "opt.yaml", yaml.safe_dump(saved, sort_keys=False))
     write_text(folder / "hyp.yaml", yaml.safe_dump(hyp, sort_keys=False))
-    if fresh or not (folder / "labels.jpg").exists():
-        labels = np.concatenate(data.train.labels)
-        plots.plot_labels(labels, data.names, folder / "labels.jpg")
-        plots.plot_labels_correlogram(labels, folder / "labels_correlogram.jpg")
 
 
-def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precision: Precision, folder: Path) -> Path:
+def _label_pictures(folder: Path, data: TrainData) -> None:
+    labels = np.concatenate(data.train.labels)
+    plots.plot_labels(labels, data.names, folder / "labels.jpg")
+    plots.plot_labels_correlogram(labels, folder / "labels_correlogram.jpg")
+
+
+def _finish(task: Task, checkpoints: Checkpoints, data: TrainData, options: TrainOptions, precision: Precision, folder: Path) -> Path:
     """Evaluate the checkpoint that counts once more with pictures, strip both, and say where everything is.
 
     Stripping comes last: as long as last.pt holds its state of training, `--resume` completes what is missing here.
     """
     # The best epoch of a sparsity training is usually its first, when nothing is sparse yet: what counts there is the last.
     best = checkpoints.best if checkpoints.best.exists() and options.sr is None else checkpoints.last
-    model = stripped(load_model(best))
+    task.measure(stripped(load_model(best)), data, options, precision, folder)
+    plots.plot_results(folder / "results.csv", folder / "results.png")
+    board_pictures(folder)
+    checkpoints.strip()
+    LOGGER.info(
+        f"weights: {checkpoints.last} and {checkpoints.best.name} beside it; the figures above are those of {best.name}\nresults saved to {folder}"
+    )
+    return folder
+
+
+def _measure(model: Model, data: TrainData, options: TrainOptions, precision: Precision, folder: Path) -> None:
     network = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
     validation = DatasetOptions(
         data.imgsz, rect=True, pad=0.5, stride=network.max_stride, batch_size=2 * options.batch_size, single_cls=options.single_cls,
@@ -384,10 +404,6 @@ def _finish(checkpoints: Checkpoints, data: _Data, options: TrainOptions, precis
     LOGGER.info(evaluation.table(data.names, verbose=data.nc < 50))
     write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, data.imgsz))
     plot_evaluation(evaluation, data.names, folder)
-    plots.plot_results(folder / "results.csv", folder / "results.png")
-    board_pictures(folder)
-    checkpoints.strip()
-    LOGGER.info(
-        f"weights: {checkpoints.last} and {checkpoints.best.name} beside it; the figures above are those of {best.name}\nresults saved to {folder}"
-    )
-    return folder
+
+
+DETECTION = Task(METRICS, _read_data, _for_data, _loaders, _goal, _label_pictures, _measure)

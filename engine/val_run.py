@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from engine import coco_json
+from engine.classify import evaluate_classes, report, validation_images, validation_loader
 from engine.evaluate import EvaluateOptions, evaluate
 from engine.inference import inference_network
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
+from models.blocks import is_classifier
 from models.checkpoint import Model, load_model
 from models.network import Network
 from utils.boxes import label_text
@@ -75,6 +77,8 @@ def _validate(options: ValOptions, world: World) -> Path:
     speed = options.task == "speed"
     split = "val" if speed else options.task
     model = load_model(options.weights, options.cfg or None, options.dialect)
+    if is_classifier(model.blocks):
+        return _validate_classes(options, model, split, world)
     config = read_data(options.data, (split,))
     _check_classes(model, config, options)
     names = _names(model, config)
@@ -116,6 +120,27 @@ def _validate(options: ValOptions, world: World) -> Path:
     if options.plots:
         plot_evaluation(evaluation, names, folder)
     LOGGER.info(f"results saved to {folder}")
+    return folder
+
+
+def _validate_classes(options: ValOptions, model: Model, split: str, world: World) -> Path:
+    """The same for a classifier: accuracy on an image-folder data set."""
+    for name in ("single_cls", "augment", "save_txt", "save_json"):
+        if getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')} is for detectors, and {options.weights} is a classifier; leave it out")
+    device = select_device(options.device, world)
+    precision = inference_precision(device, options.half)
+    network = inference_network(model.network(), precision)
+    imgsz = multiple(options.imgsz or model.imgsz, network.max_stride)
+    labels = validation_images(options.data, split, model.names, options.weights, quiet=not world.is_main)
+    folder = world.from_main(run_folder(options.project, options.name, options.exist_ok))
+    workers = evaluation_workers(options.workers, device, world)
+    loader = validation_loader(labels, imgsz, options.batch_size, network.channels, workers, world)
+    found = evaluate_classes(network, loader, precision, world)
+    if world.is_main:
+        run = {"weights": str(options.weights), "data": str(options.data), "split": options.task}
+        report(found, model.blocks, model.names, imgsz, make_folder(folder), options.verbose, **run)
+        LOGGER.info(f"results saved to {folder}")
     return folder
 
 

@@ -1,8 +1,9 @@
 """The block list: a detector, or a classifier, as a flat tuple of primitive blocks.
 
 A YOLOv5 yaml and a Darknet cfg are two spellings of the same `tuple[Block, ...]`; training, evaluation, pruning and export see
-nothing else. A detector ends in one `yolo` block per level, a classifier in one `softmax` block. Block 0 is always the image (`kind="input"`); `inputs` are absolute indices of earlier blocks. "The previous
-layer" and relative offsets exist only in the readers and writers.
+nothing else. Block 0 is always the image (`kind="input"`); `inputs` are absolute indices of earlier blocks. "The previous
+layer" and relative offsets exist only in the readers and writers. A detector ends in one `yolo` block per level, a classifier in
+one `softmax` block.
 
 Worked example, the stem of YOLOv5n followed by a stride-2 convolution::
 
@@ -200,7 +201,7 @@ def _check_outputs(blocks: Sequence[Block]) -> None:
         return
     if not levels:
         raise InputError(
-            "the model has no output: a yaml ends with Detect or Classify, a cfg has [yolo] sections or ends with [softmax]"
+            "the model has no detection level and is no classifier: a yaml ends with Detect or Classify, a cfg has [yolo] sections or one [softmax]"
         )
     if len({len(block.anchors) for block in blocks if block.kind == "yolo"}) > 1:
         raise InputError("the detection levels have different numbers of anchors; give each level as many")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from models import official
 from models.align import aligned, named_like
-from models.blocks import Block, Blocks, heads, strides
+from models.blocks import Block, Blocks, heads, is_classifier, strides
 from models.cfg import read_cfg_text, write_cfg
 from models.cfg_text import read_text
 from models.darknet_weights import read_weights
@@ -312,6 +312,15 @@ def with_batch_norms(model: Model, weights: str | Path) -> Model:
         raise InputError(
             f"{weights}: its batch norms are fused away, so it cannot be trained or pruned (val.py, detect.py and --t_weight take it); "
             "use the unfused checkpoint"
+        )
+    return model
+
+
+def require_detector(model: Model, weights: str | Path) -> Model:
+    """Return `model` if it detects; raise `InputError` if it is a classifier."""
+    if is_classifier(model.blocks):
+        raise InputError(
+            f"{weights}: is a classifier, and this takes detectors; val.py measures classifiers, train.py trains them and backbone_prune.py prunes them"
         )
     return model
 

@@ -63,7 +63,13 @@ def _generate_digits(root: Path) -> None:
     generate(root)
 
 
-GENERATORS: Mapping[str, Callable[[Path], None]] = {"digits": _generate_digits}
+def _generate_digit_folders(root: Path) -> None:
+    from data.digit_folders import generate
+
+    generate(root)
+
+
+GENERATORS: Mapping[str, Callable[[Path], None]] = {"digits": _generate_digits, "digit_folders": _generate_digit_folders}
 
 
 def read_data(path: str | Path, splits: Sequence[str] = ("train", "val")) -> DataConfig:

@@ -66,7 +66,9 @@ def read_image_folders(data: str | Path) -> ImageFolders:
     for folder in splits.values():
         unknown = sorted(set(_subfolders(folder)) - set(folders.names))
         if unknown:
-            raise InputError(f"--data {data}: the folder {folder / unknown[0]} is none of the {len(folders.names)} classes; rename or list it")
+            raise InputError(
+                f"--data {data}: the folder {folder / unknown[0]} is none of the {len(folders.names)} classes; rename or list it"
+            )
     return folders
 
 
