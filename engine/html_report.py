@@ -54,17 +54,19 @@ def write_html(path: Path, content: HtmlReport) -> None:
 
 
 def next_commands(weights: str | Path, cfg: str | Path, data: str, imgsz: int, teacher: str) -> list[Command]:
-    """The four things that people do with a pruned pair: fine-tune it with distillation from the unpruned `teacher`, measure, detect, export."""
+    """The four things that people do with a pruned pair: fine-tune it with distillation from the unpruned `teacher` if there is one, measure,
+    detect, export."""
 
     def command(*words: object) -> str:
         return shlex.join(["python", *map(str, words)])
 
     size = ("--img", imgsz)
-    tuned = ("--distill", "--t_weight", teacher)
+    tuned = ("--distill", "--t_weight", teacher) if teacher else ()
+    why = "Fine-tune it, with the unpruned network as teacher; this brings back what the cut took." if teacher else "Train it."
     return [
         Command(
             command("finetune_pruned.py", "--cfg", cfg, "--weights", weights, "--data", data, *size, *tuned),
-            "Fine-tune it, with the unpruned network as teacher; this brings back what the cut took.",
+            why,
         ),
         Command(command("val.py", "--weights", weights, "--data", data, *size), "Measure it again, by YOLOv5's protocol."),
         Command(

@@ -78,13 +78,15 @@ class ChannelOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A loaded checkpoint and how it is run. `bench` is None in a dry run, which looks at no images."""
+    """A loaded checkpoint and how it is run. `bench` is None in a dry run, which looks at no images. `teacher`: the checkpoint that the
+    pruned one can be fine-tuned with; empty where there is none."""
 
     options: PruneOptions
     model: Model
     device: torch.device
     imgsz: int
     bench: Bench | None
+    teacher: str = ""
 
     @property
     def calibration(self) -> CalibrationData:
@@ -96,13 +98,17 @@ class Job:
 def prepare(options: PruneOptions) -> Job:
     """Load the checkpoint and the validation data; raise `InputError` for whatever does not fit."""
     model = require_detector(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
-    model = with_batch_norms(model, options.weights)
+    return job_for(options, with_batch_norms(model, options.weights), str(options.weights))
+
+
+def job_for(options: PruneOptions, model: Model, teacher: str) -> Job:
+    """The job of a detector that is loaded already."""
     device = select_device(options.device)
     imgsz = multiple(options.imgsz or model.imgsz, image_multiple(model.blocks))
     bench = None
     if not options.dry_run:
         bench = make_bench(model, options.weights, options.data, imgsz, options.batch_size, device, options.workers)
-    return Job(options, model, device, imgsz, bench)
+    return Job(options, model, device, imgsz, bench, teacher)
 
 
 def run(options: PruneOptions, channels: ChannelOptions) -> Path | None:
@@ -223,7 +229,7 @@ def _save(job: Job, cut: Cut, pruned: Model, bench: Bench, oracle: Mapping[str, 
     cfg, weights = folder / f"{stem}.cfg", folder / f"{stem}.pt"
     write_text(cfg, write_cfg(pruned.blocks))
     save_model(weights, pruned)
-    commands = next_commands(weights, cfg, options.data, bench.imgsz, options.weights)
+    commands = next_commands(weights, cfg, options.data, bench.imgsz, job.teacher)
     report = {
         "weights": str(options.weights), "data": str(options.data), "pair": [str(cfg), str(weights)], "imgsz": bench.imgsz,
         "exclude": list(options.exclude), "recalibrate": options.recalibrate, **cut.report,
@@ -236,9 +242,8 @@ def _save(job: Job, cut: Cut, pruned: Model, bench: Bench, oracle: Mapping[str, 
     gammas = [{m.blocks[i].name: g for i, g in gamma_scores(m.blocks, m.state).items()} for m in (job.model, pruned)]
     write_html(folder / "report.html", HtmlReport(stem, report, pruned.names, *gammas, samples, commands))
     LOGGER.info(f"pair: {cfg}\n      {weights}\nreport and pictures: {folder}; to look at: {folder / 'report.html'}")
-    LOGGER.info(
-        f"next: python finetune_pruned.py --weights {weights} --data {options.data} --img {bench.imgsz} --distill --t_weight {options.weights}"
-    )
+    tuned = f" --distill --t_weight {job.teacher}" if job.teacher else ""
+    LOGGER.info(f"next: python finetune_pruned.py --weights {weights} --data {options.data} --img {bench.imgsz}{tuned}")
     return folder
 
 

@@ -31,6 +31,7 @@ class KeepReason(Enum):
     FEEDS_YOLO = "head output: its channels are the predictions"
     NO_BATCHNORM = "no batch norm acts on it, so it has no gamma to judge by"
     NOT_CONFIGURED = "no entry of --config asks for it"
+    NOT_BACKBONE = "no part of the backbone"
     GROUPED = "grouped convolution"
     SHORTCUT = "tied by a shortcut; this strategy leaves shortcut groups whole"
     EXCLUDED = "excluded by the user"
