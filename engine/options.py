@@ -25,7 +25,6 @@ class TrainOptions:
     data: str
     weights: str = ""
     cfg: str = ""
-    dialect: str = "auto"
     hyp: str = "hyp.scratch-low.yaml"
     epochs: int = 100
     batch_size: int = 16
@@ -62,6 +61,7 @@ class TrainOptions:
     teacher_cfg: str = ""
     distill_weight: float = 1.0
     sparsity_method: str = "subgradient"
+    dialect: str = "auto"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or (self.batch_size < 1 and self.batch_size != -1):

@@ -27,7 +27,6 @@ class PredictOptions:
     weights: str
     source: str
     cfg: str = ""
-    dialect: str = "auto"
     imgsz: tuple[int, ...] | None = None
     limits: Limits = Limits()
     kept: Kept = Kept()
@@ -40,6 +39,7 @@ class PredictOptions:
     project: str = "runs/detect"
     name: str = "exp"
     exist_ok: bool = False
+    dialect: str = "auto"
 
     def __post_init__(self) -> None:
         if self.vid_stride < 1:

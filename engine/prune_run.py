@@ -49,7 +49,6 @@ class PruneOptions:
     data: str
     prefix: str
     cfg: str = ""
-    dialect: str = "auto"
     imgsz: int | None = None
     batch_size: int = 16
     device: str = ""
@@ -60,6 +59,7 @@ class PruneOptions:
     project: str = "runs/prune"
     name: str = "exp"
     exist_ok: bool = False
+    dialect: str = "auto"
 
     def __post_init__(self) -> None:
         if self.recalibrate < 0:

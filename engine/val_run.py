@@ -44,7 +44,6 @@ class ValOptions:
     weights: str
     data: str
     cfg: str = ""
-    dialect: str = "auto"
     imgsz: int | None = None
     batch_size: int = 32
     conf_thres: float = 0.001
@@ -65,6 +64,7 @@ class ValOptions:
     project: str = "runs/val"
     name: str = "exp"
     exist_ok: bool = False
+    dialect: str = "auto"
 
 
 def validate(options: ValOptions) -> Path:
