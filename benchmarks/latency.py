@@ -135,16 +135,16 @@ def print_costs(models: Mapping[str, Model], imgsz: int) -> None:
     """A table of what the structures alone tell."""
     cost = {name: sum(flops(m.blocks, imgsz, imgsz)) for name, m in models.items()}
     whole = next(iter(cost.values()))
-    print(f"\n| | parameters | GFLOPs at {imgsz} px | of the full network's | filters in multiples of 8 |\n|---|--:|--:|--:|--:|")
+    print(f"\n| | parameters | GFLOPs at {imgsz} px | of the first | filters in multiples of 8, 16, 32 |\n|---|--:|--:|--:|--:|")
     for name, model in models.items():
         params = sum(parameters(model.blocks))
         print(f"| {name} | {params:,} | {cost[name] / 1e9:.2f} | {cost[name] / whole:.1%} | {aligned(model.blocks)} |")
 
 
 def aligned(blocks: Blocks) -> str:
-    """How many of the convolutions have a multiple of 8 filters."""
+    """How many of the convolutions have filters in multiples of 8, 16 and 32; those of a head never have."""
     widths = [b.channels for b in blocks if b.kind == "convolutional"]
-    return f"{sum(w % 8 == 0 for w in widths)} of {len(widths)}"
+    return f"{', '.join(str(sum(w % d == 0 for w in widths)) for d in (8, 16, 32))} of {len(widths)}"
 
 
 def print_table(models: Mapping[str, Model], rows: Mapping[tuple[str, int], Mapping[str, list[float]]]) -> None:
