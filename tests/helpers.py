@@ -48,18 +48,20 @@ def with_module(module: str, args: list, nc: int = 2) -> Blocks:
     return from_spec(spec, module, nc)
 
 
-def alive(blocks: Blocks, seed: int = 0, size: int = 64) -> Network:
+def alive(blocks: Blocks, seed: int = 0, size: int = 64, calm: bool = False) -> Network:
     """A network with random gamma and beta and running statistics estimated on data: removing channels moves its logits.
 
-    (A freshly initialised network proves nothing: its logits hardly depend on its inner channels.)
+    (A freshly initialised network proves nothing: its logits hardly depend on its inner channels.) `calm`: gammas that are small beside the betas.
+    A deep network is otherwise chaotic, as no trained one is: two exact programs differ in it by what float32 rounds, grown by every layer.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     network = Network(blocks)
+    spread, least, shift = (0.4, 0.1, 1.0) if calm else (1.5, 0.2, 0.5)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.weight.data = torch.rand(module.weight.shape, generator=generator) * 1.5 + 0.2
-            module.bias.data = torch.randn(module.bias.shape, generator=generator) * 0.5
+            module.weight.data = torch.rand(module.weight.shape, generator=generator) * spread + least
+            module.bias.data = torch.randn(module.bias.shape, generator=generator) * shift
             module.momentum = None  # a cumulative mean
     network.train()
     with torch.no_grad():
