@@ -66,7 +66,7 @@ def alive(blocks: Blocks, seed: int = 0, size: int = 64, calm: bool = False) -> 
     network.train()
     with torch.no_grad():
         for _ in range(3):
-            network(torch.rand(4, 3, size, size, generator=generator))
+            network(torch.rand(4, network.channels, size, size, generator=generator))
     return network.eval()
 
 
