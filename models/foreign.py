@@ -107,11 +107,11 @@ def read_foreign(text: str, source: str, dialect: str, classes: int | None = Non
     reader = _Reader(dialect, net, sections, [image_block(net.integer("channels", 3), f"{source} [net]: channels")])
     for section in sections:
         reader.read(section)
-    blocks = _levelled(reader.blocks, f"model.{len(sections)}")
     lines = tuple(sections[i].where if i >= 0 else source for i in reader.owner)
     imgsz = max(net.integer(side, 0) for side in ("width", "height")) or 640
     try:
-        return ForeignCfg(check(blocks), tuple(reader.owner), lines, dialect, imgsz)
+        blocks = check(_levelled(reader.blocks, f"model.{len(sections)}"))
+        return ForeignCfg(blocks, tuple(reader.owner), lines, dialect, imgsz)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 

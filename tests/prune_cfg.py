@@ -127,3 +127,32 @@ def p5(depth: float = 0.33, width: float = 0.25, classes: int = 80, old: bool = 
         cfg.c3(channels, 3, False)
         cfg.head(level, classes, P5_ANCHORS, 3)
     return cfg
+
+
+P6_ANCHORS = "19,27,  44,40,  38,94,  96,68,  86,152,  180,137,  140,301,  303,264,  238,542,  436,615,  739,380,  925,792"
+
+
+def p6(depth: float = 0.33, width: float = 0.25, classes: int = 80) -> PruneCfg:
+    """YOLOv5 v6's P6 model."""
+    cfg = PruneCfg(depth, width)
+    w = cfg.wide
+    cfg.conv(w(64), 6, 2, 2)
+    taps = []
+    for channels, repeats in ((128, 3), (256, 6), (512, 9), (768, 3), (1024, 3)):
+        cfg.conv(w(channels), 3, 2)
+        taps.append(cfg.c3(channels, repeats))
+    cfg.sppf(1024)
+    tops = []
+    for channels, tap in ((768, taps[3]), (512, taps[2]), (256, taps[1])):
+        tops.append(cfg.conv(w(channels)))
+        cfg.add("upsample", "stride=2")
+        cfg.route(-1, tap)
+        cfg.c3(channels, 3, False)
+    cfg.head(0, classes, P6_ANCHORS, 4)
+    for level, channels in enumerate((512, 768, 1024), start=1):
+        cfg.route(-3)
+        cfg.conv(w((256, 512, 768)[level - 1]), 3, 2)
+        cfg.route(-1, tops[3 - level])
+        cfg.c3(channels, 3, False)
+        cfg.head(level, classes, P6_ANCHORS, 4)
+    return cfg
