@@ -6,7 +6,6 @@ Missing packages leave a runtime out, with a line that says so.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,11 +14,13 @@ from common import ROOT  # noqa: F401 - puts the project on the path
 import cv2  # isort: skip
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.checkpoint import Model
 from models.darknet import write_pair
-from models.network import Network, fuse
+from models.metadata import Metadata
+from models.network import fuse
+from models.onnx_writer import onnx_model
 from utils.decode import decode
 
 Run = Callable[[], object]
@@ -81,19 +82,8 @@ RUNTIMES: Mapping[str, Callable[[Model, np.ndarray, int, Path], Run]] = {
 }  # fmt: skip
 
 
-class _Decoded(nn.Module):
-    """The fused network and its decoding, for the exporter."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return decode(self.network(images), self.network.levels)
-
-
 def onnx_bytes(model: Model, shape: tuple[int, ...]) -> bytes:
-    """A static graph for images of `shape` (B, C, H, W)."""
-    file = io.BytesIO()
-    torch.onnx.export(_Decoded(fuse(model.network())), (torch.zeros(shape),), file, dynamo=False, opset_version=17)
-    return file.getvalue()
+    """A static graph for images of `shape` (B, C, H, W), as export.py writes it."""
+    batch, channels, height, width = shape
+    network = model.network()
+    return onnx_model(network, Metadata(model.names, network.max_stride, (height, width), channels, batch))
