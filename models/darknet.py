@@ -23,7 +23,7 @@ class. Sizes are measured against the image that was set, whatever `width` and `
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,8 +34,9 @@ from models.blocks import Block, Blocks, consumers, heads
 from models.checkpoint import Model
 from models.darknet_weights import Convolution, Norm, weights_bytes
 from utils.errors import InputError
-from utils.files import atomic, make_folder
+from utils.files import make_folder, write_files
 
+MARK = "# An export for other programs, in plain Darknet"  # the first line, which readers pass over
 Readers = list[list[int]]
 
 
@@ -126,18 +127,40 @@ def write_pair(model: Model, cfg: Path, height: int, width: int) -> Path:
     Each file is written whole before any takes its place. Raise `InputError` naming each block that has no exact Darknet form.
     """
     cfg = Path(cfg)
+    files = pair_files(model, height, width, str(cfg))
+    make_folder(cfg.parent)
+    write_files({cfg.with_suffix(suffix): content for suffix, content in files.items()})
+    return cfg.with_suffix(".weights")
+
+
+def pair_files(model: Model, height: int, width: int, what: str) -> dict[str, bytes]:
+    """What `write_pair` writes: the files' content by their suffix. `what` begins the `InputError` about blocks without a form."""
     obstacles = darknet_obstacles(model.blocks)
     if obstacles:
         more = f"; and {len(obstacles) - 4} more blocks" if len(obstacles) > 4 else ""
-        raise InputError(f"{cfg}: no exact Darknet cfg can be written: {'; '.join(obstacles[:4])}{more}")
+        raise InputError(f"{what}: no exact Darknet cfg can be written: {'; '.join(obstacles[:4])}{more}")
     text, convolutions = darknet_form(model.blocks, model.state, height, width)
-    make_folder(cfg.parent)
-    weights = cfg.with_suffix(".weights")
-    with ExitStack() as stack:
-        stack.enter_context(atomic(cfg)).write_text(text, encoding="utf-8")
-        stack.enter_context(atomic(cfg.with_suffix(".names"))).write_text("".join(f"{n}\n" for n in model.names), encoding="utf-8")
-        stack.enter_context(atomic(weights)).write_bytes(weights_bytes(convolutions))
-    return weights
+    names = "".join(f"{name}\n" for name in model.names)
+    return {".cfg": f"{MARK}\n{text}".encode(), ".names": names.encode(), ".weights": weights_bytes(convolutions)}
+
+
+def pair_path(weights: Path) -> Path:
+    """Which cfg an export of the checkpoint X.pt may write: X.cfg, or X_darknet.cfg where X.cfg, X.names or X.weights are not an earlier
+    export's: such as the cfg of a pruned pair X.cfg + X.pt."""
+    cfg = weights.with_suffix(".cfg")
+    taken = any(cfg.with_suffix(suffix).exists() for suffix in (".cfg", ".names", ".weights")) and not _is_export(cfg)
+    if not taken and weights.suffix != ".weights":
+        return cfg
+    apart = cfg.with_name(f"{weights.stem}_darknet.cfg")
+    if apart.exists() and not _is_export(apart):
+        raise InputError(f"{apart}: is there and was not written by an export; move it away")
+    return apart
+
+
+def _is_export(cfg: Path) -> bool:
+    with suppress(OSError), open(cfg, "rb") as file:
+        return file.read(len(MARK)) == MARK.encode()
+    return False
 
 
 def darknet_form(blocks: Blocks, state: dict[str, Tensor], height: int, width: int) -> tuple[str, list[Convolution]]:

@@ -18,6 +18,12 @@ OPSET = 17
 Axes = Sequence[int | str]  # the size of each axis, or the name of one that is free
 
 
+def check_opset(opset: int) -> None:
+    """Raise `InputError` for a version that the graph cannot be written for."""
+    if opset not in OPSETS:
+        raise InputError(f"--opset {opset}: the graph can be written for the opsets {OPSETS[0]} to {OPSETS[-1]}; the default is {OPSET}")
+
+
 class Graph:
     """Nodes in the order in which they were added; a value is known by its name.
 
@@ -25,10 +31,7 @@ class Graph:
     """
 
     def __init__(self, opset: int = OPSET) -> None:
-        if opset not in OPSETS:
-            raise InputError(
-                f"--opset {opset}: the graph can be written for the opsets {OPSETS[0]} to {OPSETS[-1]}; the default is {OPSET}"
-            )
+        check_opset(opset)
         self.opset = opset
         self._onnx = require("onnx", "export to ONNX")
         self._nodes: list[Any] = []

@@ -14,7 +14,7 @@ from models.metadata import Metadata
 from models.network import Network
 from models.onnx_writer import onnx_model
 from models.yaml_reader import from_spec
-from tests.helpers import ROOT, alive, random_blocks, small
+from tests.helpers import ROOT, calm, random_blocks, small
 from utils.decode import decode
 from utils.errors import InputError
 from utils.nms import non_max_suppression
@@ -23,16 +23,6 @@ onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not instal
 ort = pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
 
 STOCK_YAMLS = sorted((ROOT / "models").rglob("*.yaml"))
-
-
-def calm(blocks: Blocks, seed: int = 0, size: int = 128) -> Network:
-    """`alive`, with heads whose logits are like a trained network's: float32 cannot be compared where a box hangs on the last bits."""
-    network = alive(blocks, seed, size)
-    with torch.no_grad():
-        for i in network.heads:
-            conv = network.get_submodule(blocks[blocks[i].inputs[0]].conv_path)
-            conv.weight *= 0.5
-    return network
 
 
 def metadata_of(network: Network, size: tuple[int, int], **more: object) -> Metadata:

@@ -31,6 +31,7 @@ SCRIPTS = (
     "slim_prune",
     "slim_prune_8x",
     "layer_prune",
+    "export",
     "val",
     "detect",
     "prune_detect",

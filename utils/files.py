@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,6 +76,13 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write several files that belong together: each is whole before the first takes its place."""
+    with contextlib.ExitStack() as stack:
+        for path, content in files.items():
+            stack.enter_context(atomic(path)).write_bytes(content)
 
 
 def run_folder(project: str | Path, name: str, exist_ok: bool = False) -> Path:
