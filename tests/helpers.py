@@ -27,6 +27,12 @@ SMALL_YAML = {
     ],
 }  # fmt: skip
 
+SMALL_CLASSIFIER = {
+    "nc": 3, "depth_multiple": 0.33, "width_multiple": 0.25,
+    "backbone": SMALL_YAML["backbone"][:6],
+    "head": [[-1, 1, "nn.AdaptiveAvgPool2d", [1]], [-1, 1, "Classify", ["nc"]]],
+}  # fmt: skip
+
 
 def stock(size: str, nc: int | None = None) -> Blocks:
     """The blocks of models/yolov5{size}.yaml."""
@@ -140,3 +146,16 @@ def write_dataset(root: Path, images: int = 8, size: int = 64, nc: int = 3, seed
     names = "\n".join(f"  {i}: shape{i}" for i in range(nc))
     path.write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnc: {nc}\nnames:\n{names}\n")
     return path
+
+
+def write_folder(root: Path, images: int = 6, size: int = 64, nc: int = 3) -> Path:
+    """An image folder of noise in as many colours as there are classes."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for c in range(nc):
+            (root / split / f"kind{c}").mkdir(parents=True)
+            for i in range(images):
+                image = rng.integers(0, 80, (size, size + 8, 3), dtype=np.uint8)
+                image[..., c % 3] += 150
+                cv2.imwrite(str(root / split / f"kind{c}" / f"{i}.png"), image)
+    return root

@@ -23,8 +23,7 @@ from models.network import Network
 from models.yaml_reader import from_spec, read_yaml
 from pruning.backbone import backbone_end
 from pruning.masked import largest_difference
-from tests.helpers import ROOT, SMALL_YAML, alive, small, stock, write_dataset
-from tests.test_classify import SMALL_CLASSIFIER, write_folder
+from tests.helpers import ROOT, SMALL_CLASSIFIER, SMALL_YAML, alive, small, stock, write_dataset, write_folder
 from utils.errors import InputError
 
 METHODS = ("L1", "L2", "FPGM")

@@ -25,35 +25,16 @@ from models.yaml_reader import from_spec
 from pruning.criteria import gamma_scores, scores_of
 from pruning.policy import select_masks
 from pruning.spaces import KeepReason, find_spaces
-from tests.helpers import SMALL_YAML, STOCK, alive, stock
+from tests.helpers import SMALL_CLASSIFIER, SMALL_YAML, STOCK, alive, stock, write_dataset, write_folder
 from tests.test_pruning import POLICIES, assert_oracle, random_mask
 from utils.augment import AugmentOptions
 from utils.dataset import DatasetOptions
 from utils.errors import InputError
 from utils.image_folder import ClassificationDataset, augmented, cut_square, read_image_folders, scan_folder
 
-SMALL_CLASSIFIER = {
-    "nc": 3, "depth_multiple": 0.33, "width_multiple": 0.25,
-    "backbone": SMALL_YAML["backbone"][:6],
-    "head": [[-1, 1, "nn.AdaptiveAvgPool2d", [1]], [-1, 1, "Classify", ["nc"]]],
-}  # fmt: skip
-
 
 def call(script: str, *args: object) -> None:
     importlib.import_module(script).main([str(a) for a in args])
-
-
-def write_folder(root: Path, images: int = 6, size: int = 64, nc: int = 3) -> Path:
-    """An image folder of noise in as many colours as there are classes."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for c in range(nc):
-            (root / split / f"kind{c}").mkdir(parents=True)
-            for i in range(images):
-                image = rng.integers(0, 80, (size, size + 8, 3), dtype=np.uint8)
-                image[..., c % 3] += 150
-                cv2.imwrite(str(root / split / f"kind{c}" / f"{i}.png"), image)
-    return root
 
 
 # ---- the block graph -----------------------------------------------------------------------------------------------------------
@@ -357,6 +338,19 @@ def test_a_classifiers_backbone_starts_a_detector(work: Path, caplog: pytest.Log
     assert all(torch.equal(detector.state_dict()[key], model.state[key]) for key in own)
 
 
+@pytest.mark.slow
+def test_a_detector_is_trained_from_a_classifier_and_back(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_dataset(work / "boxes")
+    (work / "detector.yaml").write_text(yaml.safe_dump(SMALL_YAML))
+    flags = ["--epochs", 1, "--img", 64, "--batch", 4, "--workers", 0, "--project", work, "--device", "cpu"]
+    call("train", "--weights", work / "base/weights/last.pt", "--cfg", work / "detector.yaml", "--data", data, "--name", "det", *flags)
+    call(
+        "train", "--weights", work / "det/weights/last.pt", "--cfg", work / "small.yaml", "--data", work / "data", "--name", "back", *flags
+    )
+    own = sum(int(key.split(".")[1]) <= 5 for key in load_model(work / "det/weights/last.pt").state)
+    assert sum(said.startswith(f"transferred {own}/") for said in caplog.messages) == 2
+
+
 @pytest.mark.parametrize(
     ("script", "args"),
     [
@@ -364,6 +358,8 @@ def test_a_classifiers_backbone_starts_a_detector(work: Path, caplog: pytest.Log
         ("prune_detect", ["--source", "data/train/kind0/0.png"]),
         ("slim_prune", ["--data", "data"]),
         ("prune", ["--data", "data", "--dry-run"]),
+        ("layer_prune", ["--data", "data"]),
+        ("sensitivity", ["--data", "data"]),
     ],
 )  # fmt: skip
 def test_scripts_for_boxes_refuse_a_classifier(work: Path, script: str, args: list, monkeypatch: pytest.MonkeyPatch) -> None:
