@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXPORT := $(VENV)/.export
 
 .PHONY: demo test test-all bench clean
 
@@ -11,19 +12,23 @@ $(STAMP): requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $(STAMP)
 
+$(EXPORT): $(STAMP) requirements-export.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
+	touch $(EXPORT)
+
 demo: $(STAMP)
 	$(BIN)/python demo.py
 
 # Two processes of one thread each: on two cores that is twice as fast as one process of two, whose threads wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test: $(STAMP)
+test: $(EXPORT)
 	$(PYTEST) -m "not slow" tests
 
-test-all: $(STAMP)
+test-all: $(EXPORT)
 	$(PYTEST) tests
 
-bench: $(STAMP)
+bench: $(EXPORT)
 	$(BIN)/python benchmarks/help_time.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_overhead.py
@@ -31,6 +36,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/two_processes.py
 	$(BIN)/python benchmarks/prune_time.py
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/agreement.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache
