@@ -187,7 +187,7 @@ def assert_sound(folder: Path) -> None:
 # Where a run is killed, by the function that is being called: at first the places that differ most.
 AT = {
     "half of last.pt written": "torch save 3 half",
-    "last.pt written, best.pt not": "engine.observers copy_file 3 kill",
+    "last.pt written, best.pt not": "engine.observers copy_file 2 kill",
 }
 ELSEWHERE = {
     "folder made": "engine.session write_text 1 kill",
