@@ -45,6 +45,7 @@ def main() -> None:
     p.add_argument("--pruned", default="", help="checkpoint after; left out: WEIGHTS pruned to --flops of its FLOPs")
     p.add_argument("--cfg", default="yolov5s", help="a model yaml of models/, by its stem, where no --weights are given")
     p.add_argument("--flops", type=float, default=0.5, help="share of the FLOPs that stays, where no --pruned is given")
+    p.add_argument("--divisor", type=int, default=8, help="filters are a multiple of this, where no --pruned is given")
     p.add_argument("--alignment", action="store_true", help="one budget met with multiples of 1, 8, 16 and 32")
     p.add_argument("--img", type=int, default=640)
     p.add_argument("--batch", type=int, nargs="+", default=[1, 8])
@@ -56,7 +57,10 @@ def main() -> None:
     if args.alignment:
         models = {"full": before} | {f"/{d}": pruned_to(before, args.flops, args.img, d) for d in DIVISORS}
     else:
-        models = {"before": before, "after": load_model(args.pruned) if args.pruned else pruned_to(before, args.flops, args.img, 8)}
+        models = {
+            "before": before,
+            "after": load_model(args.pruned) if args.pruned else pruned_to(before, args.flops, args.img, args.divisor),
+        }
     print_costs(models, args.img)
     print(f"\n{args.img} px, {args.threads} threads; milliseconds of a batch: median (quartiles)\n")
     rows = measure(models, args.runtimes, args.batch, args.img, args.threads, args.repeats)
