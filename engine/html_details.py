@@ -35,7 +35,8 @@ def classes(report: Report, count: int) -> Raw | None:
     if min(old["labels"] for old, _ in shared) < 10:
         words.append("A class with few objects moves by chance.")
     head = ["Class", "Objects", "mAP@.5 before", "after", "change", "mAP@.5:.95 before", "after", "change"]
-    cells = [_class_row(old, new) for old, new in shared]
+    most = max(float(np.abs(moved).max()), 0.05)  # smaller changes than this are noise, and stay small bars
+    cells = [_class_row(old, new, most) for old, new in shared]
     return markup(
         el("p", " ".join(words), class_="soft"),
         table(head, cells, f"mAP by class, before and after; after is the network {STAGES[stage][0]}."),
@@ -47,12 +48,13 @@ def _moved(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> float:
     return pair[1]["map50"] - pair[0]["map50"]
 
 
-def _class_row(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Raw | str]:
+def _class_row(old: Mapping[str, Any], new: Mapping[str, Any], most: float) -> list[Raw | str]:
+    """Cells of a class; the bar of a change of `most` is the longest."""
     cells: list[Raw | str] = [str(old["name"]), number(old["labels"], f"{old['labels']:,}")]
     for key in ("map50", "map"):
         a, b = old[key], new[key]
         tone = "good" if b - a > _SAME else "bad" if b - a < -_SAME else None
-        bar = el("i", class_="up" if b > a else None, style=f"width:{50 * min(abs(b - a), 1):.1f}%")
+        bar = el("i", class_="up" if b > a else None, style=f"width:{50 * min(abs(b - a) / most, 1):.1f}%")
         swing = el("span", bar, class_="swing", aria_hidden="true") if key == "map50" else None
         cells += [number(a, f"{a:.3f}"), number(b, f"{b:.3f}"), markup(el("span", change(a, b, True), class_=tone), swing)]
     return cells

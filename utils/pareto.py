@@ -61,7 +61,10 @@ def _scatter(axes: Axes, costs: Sequence[float], values: Sequence[float]) -> Non
     front = pareto_front(costs, values)
     axes.step([costs[i] for i in front], [values[i] for i in front], where="post", color=LIGHT, linewidth=2, zorder=1)
     rest = [i for i in range(len(costs)) if i not in front]
-    axes.scatter([costs[i] for i in rest], [values[i] for i in rest], s=46, color=GREY, zorder=3, label="another is better at no more cost")
+    if rest:
+        axes.scatter(
+            [costs[i] for i in rest], [values[i] for i in rest], s=46, color=GREY, zorder=3, label="another is better at no more cost"
+        )
     axes.scatter([costs[i] for i in front], [values[i] for i in front], s=64, color=BLUE, zorder=3, label="none is better at its cost")
     low, high = min(values), max(values)
     margin = max(high - low, 0.02) * 0.16
@@ -81,13 +84,20 @@ def _label(axes: Axes, costs: Sequence[float], values: Sequence[float], labels: 
         extent = written.get_window_extent(renderer)
         sizes.append((extent.width, extent.height))
         written.remove()
-    boxes = place_labels(points, sizes, tuple(axes.get_window_extent(renderer).extents), [legend])
+    boxes = place_labels(points, sizes, tuple(axes.get_window_extent(renderer).extents), [legend, *_treads(points, costs, values)])
     for point, cost, value, text, box in zip(points, costs, values, labels, boxes):
         offset = (np.array(box[:2]) - point) * 72 / axes.figure.dpi
         line = (
             {"arrowstyle": "-", "color": INK, "alpha": 0.5, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3} if far(point, box) > 12 else None
         )
         axes.annotate(text, (cost, value), offset, textcoords="offset points", fontsize=8.5, color=INK, arrowprops=line, zorder=4)
+
+
+def _treads(points: np.ndarray, costs: Sequence[float], values: Sequence[float]) -> list[Box]:
+    """The boxes, in pixels, that the line of steps through the front covers: along from one point, then up to the next."""
+    steps = points[pareto_front(costs, values)]
+    along = [(a[0], a[1] - 2, b[0], a[1] + 2) for a, b in zip(steps, steps[1:])]
+    return along + [(b[0] - 2, a[1], b[0] + 2, b[1]) for a, b in zip(steps, steps[1:])]
 
 
 def place_labels(points: np.ndarray, sizes: Sequence[tuple[float, float]], frame: Box, taken: Sequence[Box] = ()) -> list[Box]:
