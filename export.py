@@ -13,7 +13,7 @@ def main(argv: Argv = None) -> None:
     add_cfg(p)
     add_size(p, None, sides=2)
     p.add_argument("--batch-size", "--batch", type=int, default=1, help="images at a time, in files of fixed size")
-    p.add_argument("--include", nargs="+", default=["onnx"], metavar="FORMAT", help="darknet, onnx, openvino, torchscript (default: onnx)")
+    p.add_argument("--include", nargs="+", metavar="FORMAT", help="darknet, onnx, openvino, torchscript (default: onnx)")
     p.add_argument("--dynamic", action="store_true", help="onnx, openvino: any batch, height and width")
     p.add_argument("--nms", action="store_true", help="onnx, openvino: the file ends with final detections")
     p.add_argument("--conf-thres", "--conf", type=float, default=0.25, help="with --nms: smallest confidence")
@@ -26,7 +26,7 @@ def main(argv: Argv = None) -> None:
     args = p.parse_args(argv)
     from engine.export_run import ExportOptions, export
 
-    export(ExportOptions(**{**vars(args), "include": tuple(args.include)}))
+    export(ExportOptions(**{**vars(args), "include": tuple(args.include or ("onnx",))}))
 
 
 if __name__ == "__main__":

@@ -87,19 +87,20 @@ class Reference:
 # ---- the programs --------------------------------------------------------------------------------------------------------------
 
 
-def run_onnx(model: bytes, images: np.ndarray) -> np.ndarray:
-    """ONNX Runtime on the CPU."""
+def run_onnx(model: bytes, images: np.ndarray) -> dict[str, np.ndarray]:
+    """ONNX Runtime on the CPU: its outputs by name."""
     ort = require("onnxruntime", "checking an ONNX file")
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return session.run(["output"], {"images": images})[0]
+    return dict(zip((output.name for output in session.get_outputs()), session.run(None, {"images": images})))
 
 
-def run_openvino(xml: bytes, weights: bytes, images: np.ndarray) -> np.ndarray:
-    """OpenVINO on the CPU, in float32."""
+def run_openvino(xml: bytes, weights: bytes, images: np.ndarray) -> dict[str, np.ndarray]:
+    """OpenVINO on the CPU, in float32: its outputs by name."""
     openvino = require("openvino", "checking an OpenVINO file")
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(xml, weights), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return compiled(images)[0]
+    results = compiled(images)
+    return {output.any_name: results[output] for output in compiled.outputs}
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.export_check import Gap, Reference, gap, run_onnx, run_opencv, run_openvino, run_torchscript
+from engine.export_check import LIMITS, Gap, Reference, gap, run_onnx, run_opencv, run_openvino, run_torchscript
 from models.blocks import is_classifier
 from models.checkpoint import Model, load_model
 from models.darknet import darknet_obstacles, pair_files, pair_path
 from models.metadata import Metadata
 from models.network import Network
 from models.onnx_graph import OPSET, check_opset
-from models.onnx_writer import onnx_model
+from models.onnx_writer import OUTPUT, PREDICTIONS, onnx_model
 from models.openvino_ir import openvino_files
 from models.torchscript import torchscript_bytes
 from utils.errors import InputError, did_you_mean
@@ -112,12 +112,12 @@ def _tell(options: ExportOptions) -> None:
 
 def _tell_next(job: _Job, written: list[Path]) -> None:
     LOGGER.info(f"results saved to {written[0].parent}")
+    script = "val.py --data IMAGE_FOLDER" if job.classifier else "detect.py --source IMAGES"
     for path in written:
-        given = f"--weights {path}" + (f" --cfg {path.with_suffix('.cfg')}" if path.suffix == ".weights" else "")
-        if job.classifier:
-            LOGGER.info(f"next: python val.py {given} --data IMAGE_FOLDER")
-        else:
-            LOGGER.info(f"next: python detect.py {given} --source IMAGES\n      python val.py {given} --data DATA.yaml")
+        cfg = f" --cfg {path.with_suffix('.cfg')}" if path.suffix == ".weights" else ""
+        LOGGER.info(f"next: python {script} --weights {path}{cfg}")
+    if not job.classifier:
+        LOGGER.info("      (val.py takes them too, with --data DATA.yaml)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,6 @@ class _Job:
 
     @cached_property
     def metadata(self) -> Metadata:
-        """Of a file with everything that was asked for; `plain` is the same without suppression."""
         o, stride = self.options, self.network.max_stride
         sides = o.imgsz or (self.model.imgsz,)
         size = (multiple(sides[0], stride), multiple(sides[-1], stride))
@@ -147,10 +146,6 @@ class _Job:
         task = "classify" if self.classifier else "detect"
         limits = (o.conf_thres, o.iou_thres, o.max_det)
         return Metadata(tuple(self.model.names), stride, size, self.network.channels, o.batch_size, o.dynamic, o.nms, *limits, task=task)
-
-    @property
-    def plain(self) -> Metadata:
-        return replace(self.metadata, nms=False)
 
     @cached_property
     def images(self) -> Tensor:
@@ -166,9 +161,9 @@ class _Job:
         return onnx_model(self.network, self.metadata, self.options.opset)
 
     @cached_property
-    def plain_onnx(self) -> bytes:
-        """Without suppression, whose predictions can be compared row by row."""
-        return onnx_model(self.network, self.plain, self.options.opset) if self.options.nms else self.onnx
+    def onnx_to_check(self) -> bytes:
+        """The same graph; with suppression it also gives what was suppressed, so that both can be compared."""
+        return onnx_model(self.network, self.metadata, self.options.opset, both=True) if self.options.nms else self.onnx
 
 
 @dataclass(frozen=True)
@@ -209,44 +204,40 @@ def _make_darknet(job: _Job) -> _Product:
 def _make_onnx(job: _Job) -> _Product:
     path, found = job.weights.with_suffix(".onnx"), None
     if find_spec("onnxruntime"):
-        found = _checked(job, "onnx", str(path), lambda plain: run_onnx(job.plain_onnx if plain else job.onnx, job.images.numpy()))
+        found = _checked(job, "onnx", str(path), run_onnx(job.onnx_to_check, job.images.numpy()))
     return _Product(path, {path: job.onnx}, found)
 
 
 def _make_openvino(job: _Job) -> _Product:
-    folder = job.weights.with_name(f"{job.weights.stem}_openvino_model")
     stem = job.weights.stem
-    files = openvino_files(job.onnx, stem, job.metadata.to_props())
-    compared = openvino_files(job.plain_onnx, stem, job.plain.to_props()) if job.options.nms else files
-
-    def run(plain: bool) -> np.ndarray:
-        chosen = compared if plain else files
-        return run_openvino(chosen[f"{stem}.xml"], chosen[f"{stem}.bin"], job.images.numpy())
-
-    found = _checked(job, "openvino", str(folder), run)
+    folder = job.weights.with_name(f"{stem}_openvino_model")
+    files, to_check = (openvino_files(onnx, stem, job.metadata.to_props()) for onnx in (job.onnx, job.onnx_to_check))
+    outputs = run_openvino(to_check[f"{stem}.xml"], to_check[f"{stem}.bin"], job.images.numpy())
+    found = _checked(job, "openvino", str(folder), outputs)
     return _Product(folder, {folder / name: content for name, content in files.items()}, found)
 
 
 def _make_torchscript(job: _Job) -> _Product:
     path = job.weights.with_suffix(".torchscript")
-    content = torchscript_bytes(job.network, job.images, replace(job.plain, dynamic=True).to_props())
+    content = torchscript_bytes(job.network, job.images, replace(job.metadata, nms=False, dynamic=True).to_props())
     found = job.reference.check("torchscript", run_torchscript(content, job.images.numpy()), str(path))
     return _Product(path, {path: content}, found)
 
 
-def _checked(job: _Job, kind: str, what: str, run: Callable[[bool], np.ndarray]) -> Gap:
-    """Compare the predictions with torch's, and final detections with what `non_max_suppression` makes of the same predictions."""
-    rows = run(True)
-    found = job.reference.check(kind, rows, what)
-    if job.options.nms:
-        o = job.options
-        right = np.zeros((len(rows), o.max_det, 6), np.float32)
-        settled = non_max_suppression(torch.from_numpy(rows), o.conf_thres, o.iou_thres, max_det=o.max_det)
-        for image, boxes in zip(right, settled):
-            image[: len(boxes)] = boxes
-        apart = gap(run(False), right)
-        if apart.boxes > 0.01 or apart.scores > 1e-4:
-            raise InputError(f"{what}: its suppression finds other boxes than detect.py; leave out --nms")
+def _checked(job: _Job, kind: str, what: str, outputs: Mapping[str, np.ndarray]) -> Gap:
+    """Compare predictions with torch's, and final detections with what `non_max_suppression` makes of the same predictions."""
+    o = job.options
+    if not o.nms:
+        return job.reference.check(kind, outputs[OUTPUT], what)
+    predictions = outputs[PREDICTIONS]
+    found = job.reference.check(kind, predictions, what)
+    right = np.zeros((len(predictions), o.max_det, 6), np.float32)
+    settled = non_max_suppression(torch.from_numpy(predictions), o.conf_thres, o.iou_thres, max_det=o.max_det)
+    for image, boxes in zip(right, settled):
+        image[: len(boxes)] = boxes
+    apart = gap(outputs[OUTPUT], right)
+    if apart.boxes > LIMITS[kind][0] or apart.scores > LIMITS[kind][1]:
+        raise InputError(f"{what}: its suppression finds other boxes than detect.py; leave out --nms")
     return found
 
 

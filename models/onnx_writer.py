@@ -8,6 +8,7 @@ in the model's own metadata.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -18,15 +19,16 @@ from models.network import Network, fuse
 from models.onnx_graph import OPSET, Axes, Graph
 from models.onnx_head import probabilities, suppressed, write_level
 
-INPUT, OUTPUT = "images", "output"
+INPUT, OUTPUT, PREDICTIONS = "images", "output", "predictions"
 State = dict[str, Tensor]
 
 
-def onnx_model(network: Network, metadata: Metadata, opset: int = OPSET) -> bytes:
+def onnx_model(network: Network, metadata: Metadata, opset: int = OPSET, both: bool = False) -> bytes:
     """The serialized model of `network`, its batch norms folded into its convolutions.
 
     `metadata` says what is fixed: (batch, channels, *imgsz), or with `dynamic` nothing but the channels; `imgsz` are multiples of the
-    largest stride. Raise `InputError` where onnx is not installed or the opset is not one that can be written.
+    largest stride. `both`: with `nms` there is a second output, the `predictions` that were suppressed. Raise `InputError` where onnx is
+    not installed or the opset is not one that can be written.
     """
     graph = Graph(opset)
     fused = fuse(network).cpu()
@@ -42,7 +44,10 @@ def onnx_model(network: Network, metadata: Metadata, opset: int = OPSET) -> byte
     batch, height, width = ("batch", "height", "width") if metadata.dynamic else (metadata.batch, *metadata.imgsz)
     _write_head(graph, fused, maps, metadata)
     inputs = {INPUT: (batch, metadata.channels, height, width)}
-    return graph.serialized(inputs, {OUTPUT: _output_axes(fused, metadata, batch)}, metadata.to_props())
+    outputs = {OUTPUT: _output_axes(fused, metadata, batch)}
+    if both and metadata.nms:
+        outputs[PREDICTIONS] = _output_axes(fused, replace(metadata, nms=False), batch)
+    return graph.serialized(inputs, outputs, metadata.to_props())
 
 
 def _needed(blocks: Blocks, heads: list[int]) -> set[int]:
@@ -63,9 +68,9 @@ def _write_head(graph: Graph, network: Network, maps: list[str], metadata: Metad
     widths = [5 + network.blocks[i].classes for i in network.heads]
     levels = [write_level(graph, *level) for level in zip(maps, network.levels, widths, shapes)]
     if metadata.nms:
-        suppressed(graph, graph.node("Concat", *levels, axis=1, name="predictions"), INPUT, metadata, OUTPUT)
+        suppressed(graph, graph.node("Concat", *levels, axis=1, output=PREDICTIONS), INPUT, metadata, OUTPUT)
     else:
-        graph.node("Concat", *levels, axis=1, name="predictions", output=OUTPUT)
+        graph.node("Concat", *levels, axis=1, output=OUTPUT)
 
 
 def _output_axes(network: Network, metadata: Metadata, batch: int | str) -> Axes:

@@ -11,6 +11,10 @@ import torch
 from models.blocks import Block, Blocks, check, make
 from models.network import Network
 from models.yaml_reader import from_spec, read_yaml
+from pruning.criteria import gamma_scores
+from pruning.policy import PrunePolicy, select_masks
+from pruning.spaces import find_spaces
+from pruning.surgery import fold_constants, prune
 
 ROOT = Path(__file__).resolve().parent.parent
 STOCK = ("n", "s", "m", "l", "x")
@@ -84,6 +88,17 @@ def calm(blocks: Blocks, seed: int = 0, size: int = 128) -> Network:
             conv = network.get_submodule(blocks[blocks[i].inputs[0]].conv_path)
             conv.weight *= 0.5
     return network
+
+
+def slim(network: Network, percent: float = 0.5) -> Network:
+    """`network` pruned as slim_prune_8x.py prunes: by gamma, multiples of 8, constants folded."""
+    blocks, state = network.blocks, network.state_dict()
+    spaces = find_spaces(blocks)
+    mask = select_masks(spaces, gamma_scores(blocks, state), PrunePolicy(percent, "union", 0.01, 8)).mask
+    blocks, state = prune(blocks, fold_constants(blocks, state, spaces, mask), spaces, mask)
+    pruned = Network(blocks)
+    pruned.load_state_dict(state)
+    return pruned.eval()
 
 
 def random_blocks(seed: int) -> Blocks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from engine import export_check, export_run
+from engine.detector import load
 from engine.export_check import LIMITS, Reference, gap, reported, run_onnx, run_opencv, run_openvino, run_torchscript
 from engine.export_run import ExportOptions, export
 from models.blocks import Blocks, image_multiple
@@ -27,11 +29,7 @@ from models.metadata import Metadata
 from models.network import Network
 from models.torchscript import CONFIG, Decoded
 from models.yaml_reader import read_yaml
-from pruning.criteria import gamma_scores
-from pruning.policy import PrunePolicy, select_masks
-from pruning.spaces import find_spaces
-from pruning.surgery import fold_constants, prune
-from tests.helpers import ROOT, calm, small
+from tests.helpers import ROOT, calm, slim, small
 from utils.errors import InputError
 
 NAMES = ("a", "b", "c")
@@ -67,13 +65,16 @@ def test_every_format_beside_the_weights_with_torchs_numbers(tmp_path: Path, cap
     files, images = contents(tmp_path), torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(5))
     network = load_model(weights).network()
     reference, x = Reference.of(network, images), images.numpy()
-    reference.check("onnx", run_onnx(files["m.onnx"], x), "onnx")
-    reference.check("openvino", run_openvino(files["m_openvino_model/m.xml"], files["m_openvino_model/m.bin"], x), "openvino")
+    reference.check("onnx", run_onnx(files["m.onnx"], x)["output"], "onnx")
+    reference.check("openvino", run_openvino(files["m_openvino_model/m.xml"], files["m_openvino_model/m.bin"], x)["output"], "openvino")
     reference.check("torchscript", run_torchscript(files["m.torchscript"], x), "torchscript")
     reference.check("darknet", run_opencv(files["m.cfg"], files["m.weights"], x, network.blocks), "darknet")
     assert max(reference.noise.boxes, reference.noise.scores * 100) < 0.002, "the limits of the formats are those that count"
     said = capsys.readouterr().out
-    assert f"results saved to {tmp_path}" in said and f"detect.py --weights {tmp_path / 'm.weights'} --cfg {tmp_path / 'm.cfg'}" in said
+    assert (
+        f"results saved to {tmp_path}" in said
+        and f"detect.py --source IMAGES --weights {tmp_path / 'm.weights'} --cfg {tmp_path / 'm.cfg'}" in said
+    )
     assert said.count("of torch") == 4
 
 
@@ -106,12 +107,13 @@ def test_torchscript_takes_other_sizes_and_batches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_suppression_in_openvino_is_that_of_detect(tmp_path: Path, dynamic: bool) -> None:
-    """`export` compares it, on images in which something is found, and refuses what differs."""
+    """`export` refuses what differs; these are the images on which it looks, and there is something to find."""
     needs_extras()
     weights = saved(tmp_path)
     export(ExportOptions(str(weights), ("openvino",), nms=True, conf_thres=0.3, batch_size=2, max_det=60, dynamic=dynamic))
     files = contents(tmp_path / "m_openvino_model")
-    rows = run_openvino(files["m.xml"], files["m.bin"], torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0)).numpy())
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0)).numpy()
+    rows = run_openvino(files["m.xml"], files["m.bin"], images)["output"]
     assert rows.shape == (2, 60, 6) and (rows[:, :, 4] > 0.3).sum(1).min() > 5
     assert (np.diff(rows[:, :, 4]) <= 0).all()
 
@@ -120,7 +122,7 @@ def test_a_classifier_is_exported_as_probabilities(tmp_path: Path) -> None:
     needs_extras()
     weights = saved(tmp_path, read_yaml(ROOT / "models/yolov5nb.yaml", 3))
     export(ExportOptions(str(weights), ("darknet", "onnx", "openvino", "torchscript"), imgsz=(64, 64)))
-    rows = run_onnx((tmp_path / "m.onnx").read_bytes(), np.zeros((1, 3, 64, 64), np.float32))
+    rows = run_onnx((tmp_path / "m.onnx").read_bytes(), np.zeros((1, 3, 64, 64), np.float32))["output"]
     assert rows.shape == (1, 3) and rows.sum() == pytest.approx(1, abs=1e-5)
     with pytest.raises(InputError, match="is a classifier, which has nothing to suppress"):
         export(ExportOptions(str(weights), ("onnx",), nms=True))
@@ -129,23 +131,13 @@ def test_a_classifier_is_exported_as_probabilities(tmp_path: Path) -> None:
 # ---- the Darknet pair ----------------------------------------------------------------------------------------------------------
 
 
-def half_pruned(blocks: Blocks, network: Network) -> Network:
-    spaces = find_spaces(blocks)
-    mask = select_masks(spaces, gamma_scores(blocks, network.state_dict()), PrunePolicy(0.5, "union", 0.01, 8)).mask
-    folded = fold_constants(blocks, network.state_dict(), spaces, mask)
-    blocks, state = prune(blocks, folded, spaces, mask)
-    pruned = Network(blocks)
-    pruned.load_state_dict(state)
-    return pruned.eval()
-
-
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("yaml", ["yolov5n", "hub/yolov5n6", "hub/yolov3-tiny", "hub/yolov5s-v5.0", "hub/yolov5s-ghost"])
 def test_opencv_gives_the_boxes_of_stock_models(yaml: str, pruned: bool) -> None:
     blocks = read_yaml(ROOT / f"models/{yaml}.yaml", 3)
     side = image_multiple(blocks)
     network = calm(blocks, size=4 * side)
-    network = half_pruned(blocks, network) if pruned else network
+    network = slim(network) if pruned else network
     files = pair_files(Model(network.blocks, network.state_dict(), NAMES), 2 * side, 3 * side, "m")
     reference = Reference.of(network, torch.rand(1, 3, 2 * side, 3 * side, generator=torch.Generator().manual_seed(1)))
     rows = run_opencv(files[".cfg"], files[".weights"], reference.images, network.blocks)
@@ -263,6 +255,41 @@ def test_the_script(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: --half") and done.stderr.count("\n") == 1
 
 
+@torch.no_grad()
+def choosy(network: Network) -> Network:
+    """`network` with so little objectness that at 640 px it finds some dozens of boxes rather than thousands."""
+    for i in network.heads:
+        conv = network.get_submodule(network.blocks[network.blocks[i].inputs[0]].conv_path)
+        conv.weight *= 2
+        conv.bias.view(3, -1)[:, 4] -= 3.2
+    return network
+
+
+def test_the_scripts_of_the_docs_find_what_detect_finds(tmp_path: Path) -> None:
+    """On a picture of the network's size, which need not be stretched."""
+    needs_extras()
+    network = choosy(calm(small()))
+    save_model(tmp_path / "best.pt", Model(network.blocks, network.state_dict(), NAMES))
+    export(ExportOptions(str(tmp_path / "best.pt"), ("darknet", "onnx"), nms=True))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "street.jpg"), cv2.resize(noise, (640, 640), interpolation=cv2.INTER_CUBIC))
+    want = load(tmp_path / "best.pt", imgsz=640)(tmp_path / "street.jpg")[0].boxes
+    assert 10 < len(want) < 300
+    scripts = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(encoding="utf-8"), re.DOTALL)
+    for script, corners in zip(scripts, (False, True), strict=True):
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+        boxes = np.array([json.loads(box) for *_, box in lines])
+        if not corners:
+            boxes[:, 2:] += boxes[:, :2]
+        rows = np.column_stack((boxes, [float(score) for _, score, _ in lines], [NAMES.index(name) for name, *_ in lines]))
+        rows = rows[np.argsort(-rows[:, 4], kind="stable")]
+        assert len(rows) == len(want)
+        inside = np.column_stack((rows[:, :4].clip(0, 640), rows[:, 4:]))  # as detect.py clips boxes to the picture
+        np.testing.assert_allclose(inside, want, atol=0.16)
+
+
 @pytest.mark.skipif(not OFFICIAL, reason="YOLOV5N_PT does not name an official checkpoint")
 def test_an_official_checkpoint(tmp_path: Path) -> None:
     needs_extras()
@@ -271,6 +298,6 @@ def test_an_official_checkpoint(tmp_path: Path) -> None:
     network = load_model(tmp_path / "y.pt").network()
     images = torch.from_numpy(np.kron(np.random.default_rng(0).random((1, 3, 20, 20)), np.ones((16, 16))).astype(np.float32))
     reference = Reference.of(network, images)
-    reference.check("onnx", run_onnx((tmp_path / "y.onnx").read_bytes(), reference.images), "onnx")
+    reference.check("onnx", run_onnx((tmp_path / "y.onnx").read_bytes(), reference.images)["output"], "onnx")
     session = io.BytesIO((tmp_path / "y.torchscript").read_bytes())
     assert gap(reported(torch.jit.load(session)(images).detach().numpy()), reference.rows).boxes < 0.01
