@@ -112,12 +112,12 @@ def _tell(options: ExportOptions) -> None:
 
 def _tell_next(job: _Job, written: list[Path]) -> None:
     LOGGER.info(f"results saved to {written[0].parent}")
-    script = "val.py --data IMAGE_FOLDER" if job.classifier else "detect.py --source IMAGES"
+    if job.classifier:
+        return
     for path in written:
         cfg = f" --cfg {path.with_suffix('.cfg')}" if path.suffix == ".weights" else ""
-        LOGGER.info(f"next: python {script} --weights {path}{cfg}")
-    if not job.classifier:
-        LOGGER.info("      (val.py takes them too, with --data DATA.yaml)")
+        LOGGER.info(f"next: python detect.py --source IMAGES --weights {path}{cfg}")
+    LOGGER.info("      (val.py takes them too, with --data DATA.yaml)")
 
 
 @dataclass(frozen=True, eq=False)
