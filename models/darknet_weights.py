@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.blocks import Blocks, heads, strides
+from models.blocks import Block, Blocks, heads, strides
 from utils.errors import InputError
 
 SCALE = 1024
@@ -85,26 +85,24 @@ def read_weights(path: Path, blocks: Blocks) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     rest = torch.from_numpy(values)
     for block, shape in zip(owners, shapes):
-        parts = rest.split(
-            [block.channels] * (4 if block.batch_norm else 1) + [int(np.prod(shape)), _left(rest, block.channels, block.batch_norm, shape)]
-        )
-        *vectors, weight, rest = parts
-        weight = weight.view(shape)
-        if block.batch_norm:
-            beta, gamma, mean, var = vectors
-            if scale != 1:
-                weight, mean = weight / scale, mean / scale
-                var = (var.double() / scale**2 - block.bn_eps).clamp(min=0).float()
-            names = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": var, "num_batches_tracked": torch.tensor(0)}
-            state |= {f"{block.bn_path}.{name}": value.clone() for name, value in names.items()}
-        else:
-            state[f"{block.name}.bias"] = vectors[0].clone()
-        state[f"{block.conv_path}.weight"] = weight.clone()
+        count = block.channels * (4 if block.batch_norm else 1) + int(np.prod(shape))
+        state |= _tensors(block, rest[:count], shape, scale)
+        rest = rest[count:]
     return state | anchors_state(blocks)
 
 
-def _left(rest: Tensor, channels: int, batch_norm: bool, shape: tuple[int, ...]) -> int:
-    return len(rest) - channels * (4 if batch_norm else 1) - int(np.prod(shape))
+def _tensors(block: Block, values: Tensor, shape: tuple[int, ...], scale: int) -> dict[str, Tensor]:
+    """The entries of a state dict that the numbers of one convolution, (count,), are; `shape`: its weight's, `scale`: see the module."""
+    *vectors, weight = values.split([block.channels] * (4 if block.batch_norm else 1) + [int(np.prod(shape))])
+    weight = weight.view(shape)
+    if not block.batch_norm:
+        return {f"{block.name}.bias": vectors[0].clone(), f"{block.conv_path}.weight": weight.clone()}
+    beta, gamma, mean, var = vectors
+    if scale != 1:
+        weight, mean = weight / scale, mean / scale
+        var = (var.double() / scale**2 - block.bn_eps).clamp(min=0).float()
+    names = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": var, "num_batches_tracked": torch.tensor(0)}
+    return {f"{block.bn_path}.{name}": value.clone() for name, value in names.items()} | {f"{block.conv_path}.weight": weight.clone()}
 
 
 def anchors_state(blocks: Blocks) -> dict[str, Tensor]:
