@@ -106,10 +106,10 @@ def _tensors(block: Block, values: Tensor, shape: tuple[int, ...], scale: int) -
 
 
 def anchors_state(blocks: Blocks) -> dict[str, Tensor]:
-    """The entry of a state dict that holds the anchors, (levels, na, 2) in cells."""
+    """The entry of a state dict that holds the anchors, (levels, na, 2) in cells; of a classifier none."""
     levels = [blocks[i] for i in heads(blocks)]
     cells = [torch.tensor(b.anchors, dtype=torch.float32) / s for b, s in zip(levels, strides(blocks))]
-    return {f"{levels[0].name}.anchors": torch.stack(cells)}
+    return {f"{levels[0].name}.anchors": torch.stack(cells)} if cells else {}
 
 
 def _read(path: Path) -> tuple[np.ndarray, int]:

@@ -46,6 +46,7 @@ _NEUTRAL: dict[str, dict[str, float]] = {
                       "stretch": 0, "stretch_sway": 0, "assisted_excitation": 0, "grad_centr": 0},
     "upsample": {"scale": 1},
     "maxpool": {"maxpool_depth": 0, "antialiasing": 0},
+    "softmax": {"groups": 1, "temperature": 1},
 }  # fmt: skip
 _KEYS: dict[str, dict[str, set[str]]] = {
     DARKNET: {
@@ -55,6 +56,8 @@ _KEYS: dict[str, dict[str, set[str]]] = {
         "upsample": {"stride"},
         "maxpool": {"size", "stride", "padding"},
         "dropout": {"probability"},
+        "avgpool": set(),
+        "softmax": {"noloss"},
         "yolo": {"mask", "anchors", "classes", "new_coords", "scale_x_y", *_INERT_YOLO},
     },
     YOLOV5_PRUNE: {
@@ -266,6 +269,8 @@ _READERS: dict[str, Callable[[_Reader, Section, tuple[int, ...]], int]] = {
     "upsample": lambda reader, section, inputs: reader.add(section, "upsample", inputs, stride=section.integer("stride", 2)),
     "maxpool": _read_maxpool,
     "dropout": lambda reader, section, inputs: inputs[0],
+    "avgpool": lambda reader, section, inputs: reader.add(section, "avgpool", inputs),
+    "softmax": lambda reader, section, inputs: reader.add(section, "softmax", inputs, classes=reader.blocks[inputs[0]].channels),
     "yolo": _read_yolo,
 }
 

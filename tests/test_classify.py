@@ -100,6 +100,9 @@ def test_opencv_reads_the_darknet_pair_and_gives_the_softmax(tmp_path: Path) -> 
     network = alive(blocks)
     assert darknet_obstacles(blocks) == []
     weights = write_pair(Model(blocks, network.state_dict(), tuple("abcde")), tmp_path / "n.cfg", 64, 96)
+    again = load_model(weights)
+    assert is_classifier(again.blocks) and again.names == tuple("abcde")
+    torch.testing.assert_close(again.network()(torch.ones(1, 3, 64, 96))[0], network(torch.ones(1, 3, 64, 96))[0], atol=1e-4, rtol=1e-3)
     reader = cv2.dnn.readNetFromDarknet(str(tmp_path / "n.cfg"), str(weights))
     images = torch.rand(1, 3, 64, 96)
     reader.setInput(images.numpy())
