@@ -1,16 +1,15 @@
-"""Measure a checkpoint's mAP by YOLOv5's protocol; a classifier's accuracy (--data: a folder with val/CLASS/*.jpg).
+"""Measure the mAP of a checkpoint or an exported model by YOLOv5's protocol; a classifier's accuracy (--data: a folder with val/CLASS/*.jpg).
 
 python val.py --weights runs/train/exp/weights/best.pt --data data/mine.yaml --img 640
 """
 
 from utils.errors import run_script
-from utils.flags import Argv, add_cfg, add_device, add_run, add_size, parser
+from utils.flags import Argv, add_device, add_run, add_runnable, add_size, parser
 
 
 def main(argv: Argv = None) -> None:
     p = parser(__doc__)
-    p.add_argument("--weights", required=True, help="any checkpoint: ours, a pruned one, a YOLOv5 .pt")
-    add_cfg(p)
+    add_runnable(p)
     p.add_argument("--data", default="data/digits.yaml", help="dataset .yaml, or Darknet .data")
     add_size(p, None)
     p.add_argument("--batch-size", "--batch", type=int, default=32)

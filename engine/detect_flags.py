@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from utils.flags import Parser, add_cfg, add_device, add_run, add_size
+from utils.flags import Parser, add_device, add_run, add_runnable, add_size
 
 
 def add_detect_flags(p: Parser) -> None:
     """YOLOv5's detection flags."""
-    p.add_argument("--weights", required=True, help="any checkpoint: ours, a pruned one, a YOLOv5 .pt")
-    add_cfg(p)
+    add_runnable(p)
     p.add_argument("--source", required=True, help="image, video, folder, glob, .txt list of paths, camera number or stream address")
     add_size(p, None, sides=2)
     p.add_argument("--conf-thres", "--conf", type=float, default=0.25, help="smallest confidence")
@@ -41,7 +40,7 @@ def start(args: argparse.Namespace) -> None:
     from engine.predict import PredictOptions, predict
     from engine.predictor import Limits
 
-    same = "weights source cfg dialect imgsz device half augment view_img vid_stride project name exist_ok"
+    same = "weights source cfg dialect dnn imgsz device half augment view_img vid_stride project name exist_ok"
     values: dict[str, Any] = {key: getattr(args, key) for key in same.split()}
     classes = tuple(args.classes) if args.classes else None
     predict(

@@ -12,8 +12,7 @@ import numpy as np
 
 from engine.detect_files import write_image
 from engine.predict import log_line
-from engine.predictor import Detections, Limits, Predictor, build_predictor, check_classes
-from models.checkpoint import load_model, require_detector
+from engine.predictor import Detections, Limits, Predictor, check_classes, open_predictor
 from utils.errors import InputError
 from utils.files import OwnNames, make_folder, run_folder
 from utils.labels import load_image
@@ -26,17 +25,16 @@ _COLUMNS = ("xmin", "ymin", "xmax", "ymax", "confidence", "class", "name")
 def load(
     weights: str | Path, cfg: str | Path = "", device: str = "", conf: float = 0.25, iou: float = 0.45, imgsz: int | tuple[int, int] | None = None,
     classes: Sequence[int] | None = None, max_det: int = 1000, agnostic: bool = False, half: bool = False, augment: bool = False,
-    dialect: str = "auto",
+    dialect: str = "auto", dnn: bool = False,
 ) -> Detector:  # fmt: skip
-    """Load any checkpoint (ours, a pruned one, a YOLOv5 `.pt`; with `cfg` a pair) for detection.
+    """Load any checkpoint (ours, a pruned one, a YOLOv5 `.pt`; with `cfg` a pair) or an exported model for detection.
 
     `imgsz`: side, or (height, width), that a picture is letterboxed into; None: the size it was trained at. `device`: "cpu", "0", or ""
     for CUDA where there is one. `augment`: with test-time augmentation. `dialect`: whose cfg it is,
-    told by its keys if "auto". Raises `InputError` for whatever does not fit, naming it.
+    told by its keys if "auto". `dnn`: in OpenCV, a `.onnx` or a Darknet pair. Raises `InputError` for whatever does not fit, naming it.
     """
-    model = require_detector(load_model(weights, cfg or None, dialect), weights)
     sides = (imgsz,) if isinstance(imgsz, int) else tuple(imgsz) if imgsz is not None else None
-    detector = Detector(build_predictor(model, sides, device, half, augment), model.names)
+    detector = Detector(*open_predictor(weights, cfg, sides, device, half, augment, dialect, dnn))
     detector.conf, detector.iou, detector.max_det, detector.agnostic = conf, iou, max_det, agnostic
     detector.classes = classes
     detector.limits()

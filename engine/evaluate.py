@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.behind import one_behind
-from engine.tta import AUGMENTED, PLAIN, View, candidates
+from engine.runner import Runner, runner_of
+from engine.runtime import Runtime
 from models.network import Network
 from utils.boxes import denormalise, scale_boxes, xywh_to_xyxy
 from utils.dataset import Batch, EpochLoader
-from utils.decode import Level
 from utils.device import Precision, ReusedImages
 from utils.loss import DetectionLoss
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
-from utils.nms import non_max_suppression
 from utils.world import SOLO, World
 
 
@@ -121,23 +121,22 @@ def _merged(tallies: list[_Tally]) -> _Tally:
 
 @torch.no_grad()
 def evaluate(
-    network: Network, loader: EpochLoader, precision: Precision, options: EvaluateOptions = EvaluateOptions(),
+    network: Network | Runtime, loader: EpochLoader, precision: Precision, options: EvaluateOptions = EvaluateOptions(),
     loss: DetectionLoss | None = None, on_image: ImageSink | None = None, on_batch: BatchSink | None = None, world: World = SOLO,
 ) -> Evaluation:  # fmt: skip
-    """Evaluate `network` (put into eval mode) on the loader's images.
+    """Evaluate `network` (put into eval mode), or an exported model, on the loader's images.
 
     `on_image(path, (height, width), detections (n, 6) in pixels of the original)` sees every image; `on_batch(index, batch,
     detections in input pixels)` every batch; with `loss` the mean loss parts are measured too. While the network works on a batch,
     a thread suppresses and matches the detections of the one before and calls both sinks, in order. Of several processes each measures its
     slice of every batch; all return the figures of the whole, and the sinks run in the main one (`on_batch` with its slices).
     """
-    network.eval()
     tally = _Tally(ConfusionMatrix(network.classes))
-    views = AUGMENTED if options.augment else PLAIN
+    runner = runner_of(network, precision, options.augment)
     shared = world.size > 1  # then the main process's sink waits for the images of the others
     each = tally.keep if shared and on_image else on_image
     batches = on_batch if world.is_main else None
-    after = _After(tally, options, views, [level.to(precision.device) for level in network.levels], each, batches)
+    after = _After(tally, options, runner, each, batches)
     bar = tqdm(
         loader.epoch(0),
         total=len(loader),
@@ -152,15 +151,14 @@ def evaluate(
             t0 = precision.clock()
             images = convert(batch.images)
             t1 = precision.clock()
-            with precision.autocast():
-                maps = [network(view.of(images, network.max_stride)) for view in views]
+            raw = runner.forward(images)
             tally.times[:2] += (t1 - t0, precision.clock() - t1)
             if loss is not None:
-                parts = loss([m.float() for m in maps[0]], batch.targets.to(precision.device))[1].cpu()
+                parts = loss([m.float() for m in raw[0]], batch.targets.to(precision.device))[1].cpu()
                 tally.losses = parts if tally.losses is None else tally.losses + parts
             tally.batches += 1
             tally.order += [(batch.number, world.rank, i) for i in range(len(batch))]
-            submit(after, batch, maps)
+            submit(after, batch, raw)
     tally = _merged(world.gather(tally))
     for item in tally.found if on_image and world.is_main else ():
         on_image(*item)
@@ -169,21 +167,19 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _After:
-    """What follows the network: from the raw maps of a batch to its place in the tally."""
+    """What follows the network: from what it gives for a batch to its place in the tally."""
 
     tally: _Tally
     options: EvaluateOptions
-    views: Sequence[View]
-    levels: Sequence[Level]
+    runner: Runner
     on_image: ImageSink | None
     on_batch: BatchSink | None
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, maps: list[list[Tensor]]) -> None:
-        """`maps`: per view, level by level."""
+    def __call__(self, batch: Batch, raw: Any) -> None:
         o, start = self.options, time.perf_counter()
-        rows = candidates(maps, self.views, self.levels, batch.images.shape[3], o.conf_thres)
-        detections = non_max_suppression(rows, o.conf_thres, o.iou_thres, multi_label=True, agnostic=o.single_cls, max_det=o.max_det)
+        rows = self.runner.candidates(raw, batch.images.shape[3], o.conf_thres)
+        detections = self.runner.suppress(rows, o.conf_thres, o.iou_thres, multi_label=True, agnostic=o.single_cls, max_det=o.max_det)
         detections = [d.cpu() for d in detections]
         self.tally.times[2] += time.perf_counter() - start
         if self.on_batch:

@@ -12,8 +12,7 @@ import cv2
 import numpy as np
 
 from engine.detect_files import DetectionFiles, Drawing, Kept
-from engine.predictor import Detections, Limits, Predictor, build_predictor, check_classes
-from models.checkpoint import load_model, require_detector
+from engine.predictor import Detections, Limits, Predictor, check_classes, open_predictor
 from utils.errors import InputError
 from utils.files import make_folder, run_folder
 from utils.log import LOGGER
@@ -22,7 +21,8 @@ from utils.sources import Frame, frames
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """A detection run. `imgsz`: one side, or height and width; None: the size the checkpoint was trained at."""
+    """A detection run. `imgsz`: one side, or height and width; None: the size the checkpoint was trained at, or the file exported for.
+    `dnn`: in OpenCV, a `.onnx` or a Darknet pair."""
 
     weights: str
     source: str
@@ -40,6 +40,7 @@ class PredictOptions:
     name: str = "exp"
     exist_ok: bool = False
     dialect: str = "auto"
+    dnn: bool = False
 
     def __post_init__(self) -> None:
         if self.vid_stride < 1:
@@ -50,13 +51,13 @@ def predict(options: PredictOptions) -> Path:
     """Detect in every frame of `options.source`; return the run folder. Nothing is written before the first frame was read."""
     if options.view_img:
         _check_windows()
-    model = require_detector(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
-    check_classes(options.limits.classes, model.names, "--classes")
-    predictor = build_predictor(model, options.imgsz, options.device, options.half, options.augment)
+    o = options
+    predictor, names = open_predictor(o.weights, o.cfg, o.imgsz, o.device, o.half, o.augment, o.dialect, o.dnn)
+    check_classes(options.limits.classes, names, "--classes")
     with closing(frames(options.source, options.vid_stride)) as source:
         first = next(source)
         folder = make_folder(run_folder(options.project, options.name, options.exist_ok))
-        run = _Run(predictor, model.names, options, DetectionFiles(folder, model.names, options.kept))
+        run = _Run(predictor, names, options, DetectionFiles(folder, names, options.kept))
         try:
             run.take(first)
             for frame in source:

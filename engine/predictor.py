@@ -1,24 +1,26 @@
-"""From images to detections: letterbox, fused network, decoding, NMS. What detect.py and the Python API share."""
+"""From images to detections: letterbox, fused network or exported model, decoding, NMS. What detect.py and the Python API share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.inference import inference_network
-from engine.tta import AUGMENTED, PLAIN, candidates
-from models.checkpoint import Model
+from engine.runner import runner_of
+from engine.runtime import Runtime
+from engine.runtimes import open_runtime
+from models.checkpoint import Model, load_model, require_detector
 from models.network import Network
 from utils.augment import letterbox
 from utils.boxes import scale_boxes
 from utils.device import Precision, inference_precision, select_device
 from utils.errors import InputError
 from utils.flags import multiple
-from utils.nms import non_max_suppression
 from utils.planes import stack, to_planes
 
 BATCH = 16  # most images that go through the network together
@@ -61,19 +63,20 @@ class Detections:
 
 
 class Predictor:
-    """A fused network that turns BGR images into detections. `imgsz`: (height, width) that an image is letterboxed into; `augment`: with
-    test-time augmentation."""
+    """A fused network, or an exported model, that turns BGR images into detections. `imgsz`: (height, width) that an image is letterboxed
+    into; `augment`: with test-time augmentation."""
 
-    def __init__(self, network: Network, imgsz: tuple[int, int], precision: Precision, augment: bool = False) -> None:
-        self.network = inference_network(network, precision)
-        self.imgsz, self.precision, self.views = imgsz, precision, AUGMENTED if augment else PLAIN
-        self.levels = [level.to(precision.device) for level in network.levels]
+    def __init__(self, network: Network | Runtime, imgsz: tuple[int, int], precision: Precision, augment: bool = False) -> None:
+        self.network = network if isinstance(network, Runtime) else inference_network(network, precision)
+        self.imgsz, self.precision = imgsz, precision
+        self.runner = runner_of(self.network, precision, augment)
+        # A file of fixed size is given just that; others as little padding as the stride allows.
+        self.stride = None if isinstance(network, Runtime) and network.size else network.max_stride
 
     def __call__(self, images: Sequence[np.ndarray], limits: Limits = Limits()) -> list[Detections]:
         """Detect in (H, W, 3) BGR uint8 images; those that are letterboxed to one shape go through the network together."""
         started = self.precision.clock()
-        stride = self.network.max_stride
-        boxed = [letterbox(image, self.imgsz, auto_stride=stride) for image in images]
+        boxed = [letterbox(image, self.imgsz, auto_stride=self.stride) for image in images]
         share = (self.precision.clock() - started) * 1e3 / max(len(images), 1)
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, (image, _, _) in enumerate(boxed):
@@ -95,26 +98,43 @@ class Predictor:
         times = [self.precision.clock()]
         images = self.precision.images(stack([to_planes(image, self.network.channels) for image in boxed]))
         times.append(self.precision.clock())
-        with self.precision.autocast():
-            maps = [self.network(view.of(images, self.network.max_stride)) for view in self.views]
-        predictions = candidates(maps, self.views, self.levels, images.shape[3], limits.conf)
+        rows = self.runner.candidates(self.runner.forward(images), images.shape[3], limits.conf)
         times.append(self.precision.clock())
-        found = non_max_suppression(predictions, limits.conf, limits.iou, limits.classes, limits.agnostic, max_det=limits.max_det)
-        rows = [f.cpu() for f in found]
+        found = self.runner.suppress(rows, limits.conf, limits.iou, limits.classes, limits.agnostic, max_det=limits.max_det)
+        found = [f.cpu() for f in found]
         times.append(self.precision.clock())
         a, b, c = (np.diff(times) * 1e3 / len(boxed)).tolist()
-        return rows, (a, b, c)
+        return found, (a, b, c)
 
 
 def build_predictor(model: Model, imgsz: tuple[int, ...] | None, device: str, half: bool, augment: bool = False) -> Predictor:
     """The predictor of a loaded checkpoint. `imgsz`: one side, (height, width), or None for the size it was trained at; sides are raised
     to multiples of the largest stride."""
     network = model.network()
-    sides = imgsz or (model.imgsz,)
+    sides = _sides(imgsz, (model.imgsz,), network.max_stride)
+    return Predictor(network, sides, inference_precision(select_device(device), half), augment)
+
+
+def open_predictor(
+    weights: str | Path, cfg: str | Path = "", imgsz: tuple[int, ...] | None = None, device: str = "", half: bool = False,
+    augment: bool = False, dialect: str = "auto", dnn: bool = False,
+) -> tuple[Predictor, tuple[str, ...]]:  # fmt: skip
+    """The predictor of a checkpoint or an exported model, and its class names. `imgsz` as for `build_predictor`, None: the file's own."""
+    runtime = open_runtime(weights, cfg, select_device(device), dnn)
+    if runtime is None:
+        model = require_detector(load_model(weights, cfg or None, dialect), weights)
+        return build_predictor(model, imgsz, device, half, augment), model.names
+    runtime.refuse(half=half, augment=augment)
+    sides = runtime.sides(imgsz) or _sides(imgsz, runtime.metadata.imgsz, runtime.max_stride)
+    return Predictor(runtime, sides, Precision(runtime.device)), runtime.names
+
+
+def _sides(wanted: tuple[int, ...] | None, own: tuple[int, ...], stride: int) -> tuple[int, int]:
+    """(height, width), multiples of `stride`, of what is `wanted` or else a model's `own` size."""
+    sides = wanted or own
     if len(sides) > 2 or min(sides) < 1:
         raise InputError(f"imgsz {' '.join(map(str, sides))}: give one size, or height and width, in pixels")
-    height, width = (multiple(side, network.max_stride) for side in (sides[0], sides[-1]))
-    return Predictor(network, (height, width), inference_precision(select_device(device), half), augment)
+    return multiple(sides[0], stride), multiple(sides[-1], stride)
 
 
 def check_classes(classes: Sequence[int] | None, names: Sequence[str], what: str) -> None:

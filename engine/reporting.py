@@ -18,14 +18,17 @@ from utils.dataset import Batch
 from utils.files import write_text
 
 
-def metrics_of(evaluation: Evaluation, blocks: Blocks, imgsz: int) -> dict[str, Any]:
-    """The machine-readable figures: counts, precision, recall, map50, map, params, flops (of one image at `imgsz`), speed_ms per image."""
+def metrics_of(evaluation: Evaluation, blocks: Blocks | None, imgsz: int) -> dict[str, Any]:
+    """The machine-readable figures: counts, precision, recall, map50, map, params, flops (of one image at `imgsz`), speed_ms per image.
+
+    `blocks` None: an exported model, whose params and flops are not known.
+    """
     return {
         "images": evaluation.images,
         "instances": evaluation.instances,
         **evaluation.metrics(),
-        "params": sum(parameters(blocks)),
-        "flops": sum(flops(blocks, imgsz, imgsz)),
+        "params": sum(parameters(blocks)) if blocks else None,
+        "flops": sum(flops(blocks, imgsz, imgsz)) if blocks else None,
         "speed_ms": evaluation.speed_ms,
     }
 

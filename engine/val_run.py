@@ -1,4 +1,4 @@
-"""A validation run: any checkpoint on any split, with YOLOv5's table, pictures and files."""
+"""A validation run: any checkpoint or exported model on any split, with YOLOv5's table, pictures and files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from engine.classify import evaluate_classes, report, validation_images, validat
 from engine.evaluate import EvaluateOptions, evaluate
 from engine.inference import inference_network
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
-from models.blocks import is_classifier
+from engine.runtime import Runtime
+from engine.runtimes import open_runtime
+from models.blocks import Blocks, is_classifier
 from models.checkpoint import Model, load_model
 from models.network import Network
 from utils.boxes import label_text
 from utils.data_config import DataConfig, read_data
 from utils.dataset import DatasetOptions, DetectionDataset, make_loader
-from utils.device import evaluation_workers, inference_precision, select_device
+from utils.device import Precision, evaluation_workers, inference_precision, select_device
 from utils.errors import InputError
 from utils.files import make_folder, run_folder, write_text
 from utils.flags import multiple
@@ -35,7 +37,8 @@ SPEED_THRESHOLDS = (0.25, 0.45)  # confidence and IoU of `--task speed`
 
 @dataclass(frozen=True)
 class ValOptions:
-    """A validation run. `imgsz` None: the size the checkpoint was trained at.
+    """A validation run. `imgsz` None: the size the checkpoint was trained at, or the file exported for. `dnn`: in OpenCV, a `.onnx` or a
+    Darknet pair.
 
     `task`: train, val or test split; `speed` times the val split at fixed shape: squares without padding, and the confidence and
     IoU thresholds of detection.
@@ -65,6 +68,7 @@ class ValOptions:
     name: str = "exp"
     exist_ok: bool = False
     dialect: str = "auto"
+    dnn: bool = False
 
 
 def validate(options: ValOptions) -> Path:
@@ -76,22 +80,22 @@ def validate(options: ValOptions) -> Path:
 def _validate(options: ValOptions, world: World) -> Path:
     speed = options.task == "speed"
     split = "val" if speed else options.task
-    model = load_model(options.weights, options.cfg or None, options.dialect)
-    if is_classifier(model.blocks):
-        return _validate_classes(options, model, split, world)
-    config = read_data(options.data, (split,))
-    _check_classes(model, config, options)
-    names = _names(model, config)
     device = select_device(options.device, world)
-    precision = inference_precision(device, options.half)
-    if options.fuse:
-        network = inference_network(model.network(), precision)
+    runtime = open_runtime(options.weights, options.cfg, device, options.dnn)
+    if runtime is None:
+        model = load_model(options.weights, options.cfg or None, options.dialect)
+        if is_classifier(model.blocks):
+            return _validate_classes(options, model, split, world)
+        subject = _checkpoint(options, model, device)
     else:
-        network = model.network().to(device, memory_format=torch.channels_last)
-    imgsz = multiple(options.imgsz or model.imgsz, network.max_stride)
+        subject = _exported(options, runtime)
+    network, precision, imgsz = subject.network, subject.precision, subject.imgsz
+    config = read_data(options.data, (split,))
+    _check_classes(subject.names, config, options)
+    names = _names(subject.names, config)
     with world.main_first():
         labels = scan_labels(getattr(config, split), config.nc, quiet=not world.is_main)
-    dataset = DetectionDataset(labels, _dataset_options(options, network, imgsz))
+    dataset = DetectionDataset(labels, _dataset_options(options, subject))
     folder = world.from_main(run_folder(options.project, options.name, options.exist_ok))
     if world.is_main:
         make_folder(folder)
@@ -99,7 +103,9 @@ def _validate(options: ValOptions, world: World) -> Path:
     thresholds = SPEED_THRESHOLDS if speed else (options.conf_thres, options.iou_thres)
     evaluation = evaluate(
         network,
-        make_loader(dataset, evaluation_workers(options.workers, device, world), pin_memory=device.type == "cuda", world=world),
+        make_loader(
+            dataset, evaluation_workers(options.workers, precision.device, world), pin_memory=precision.device.type == "cuda", world=world
+        ),
         precision,
         EvaluateOptions(*thresholds, options.max_det, options.single_cls, options.augment, progress=world.is_main),
         on_image=sink if options.save_txt or options.save_json else None,
@@ -109,18 +115,53 @@ def _validate(options: ValOptions, world: World) -> Path:
     if not world.is_main:
         return folder
     LOGGER.info(evaluation.table(names, options.verbose or config.nc < 50))
+    height, width = subject.shape or (imgsz, imgsz)
     LOGGER.info(
         "speed per image: "
         + ", ".join(f"{v:.1f} ms {k}" for k, v in evaluation.speed_ms.items())
-        + f", at shape ({options.batch_size}, {network.channels}, {imgsz}, {imgsz})"
+        + f", at shape ({options.batch_size}, {network.channels}, {height}, {width})"
     )
     coco = sink.close(getattr(config, split))
     run = {"weights": str(options.weights), "data": str(options.data), "task": options.task, "imgsz": imgsz}
-    write_json(folder / "metrics.json", metrics_of(evaluation, model.blocks, imgsz) | run | coco)
+    write_json(folder / "metrics.json", metrics_of(evaluation, subject.blocks, imgsz) | run | coco)
     if options.plots:
         plot_evaluation(evaluation, names, folder)
     LOGGER.info(f"results saved to {folder}")
     return folder
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """What is measured, ready to run. `shape`: the (height, width) that it is fixed to; `blocks`: None of an exported model."""
+
+    network: Network | Runtime
+    precision: Precision
+    names: tuple[str, ...]
+    imgsz: int
+    shape: tuple[int, int] | None = None
+    blocks: Blocks | None = None
+
+
+def _checkpoint(options: ValOptions, model: Model, device: torch.device) -> _Subject:
+    precision = inference_precision(device, options.half)
+    if options.fuse:
+        network = inference_network(model.network(), precision)
+    else:
+        network = model.network().to(device, memory_format=torch.channels_last)
+    imgsz = multiple(options.imgsz or model.imgsz, network.max_stride)
+    return _Subject(network, precision, tuple(model.names), imgsz, blocks=model.blocks)
+
+
+def _exported(options: ValOptions, runtime: Runtime) -> _Subject:
+    runtime.refuse(half=options.half, augment=options.augment)
+    shape = runtime.sides((options.imgsz,) if options.imgsz else None)
+    imgsz = max(shape) if shape else multiple(options.imgsz or max(runtime.metadata.imgsz), runtime.max_stride)
+    if runtime.metadata.nms and options.conf_thres < runtime.metadata.conf:
+        LOGGER.info(
+            f"{options.weights}: leaves out what is below confidence {runtime.metadata.conf:g}, so its mAP is lower than the network's; "
+            "measure that with a file that was exported without --nms"
+        )
+    return _Subject(runtime, Precision(runtime.device), runtime.names, imgsz, shape)
 
 
 def _validate_classes(options: ValOptions, model: Model, split: str, world: World) -> Path:
@@ -144,24 +185,24 @@ def _validate_classes(options: ValOptions, model: Model, split: str, world: Worl
     return folder
 
 
-def _dataset_options(options: ValOptions, network: Network, imgsz: int) -> DatasetOptions:
-    rect = options.task != "speed"
+def _dataset_options(options: ValOptions, subject: _Subject) -> DatasetOptions:
+    rect = options.task != "speed" and subject.shape is None
     return DatasetOptions(
-        imgsz, rect=rect, pad=0.5 if rect else 0.0, stride=network.max_stride, batch_size=options.batch_size,
-        single_cls=options.single_cls, channels=network.channels,
+        subject.imgsz, rect=rect, pad=0.5 if rect else 0.0, stride=subject.network.max_stride, batch_size=options.batch_size,
+        single_cls=options.single_cls, channels=subject.network.channels, shape=subject.shape,
     )  # fmt: skip
 
 
-def _names(model: Model, config: DataConfig) -> tuple[str, ...]:
-    """The class names of the data, or the checkpoint's where the data says only how many there are."""
+def _names(own: tuple[str, ...], config: DataConfig) -> tuple[str, ...]:
+    """The class names of the data, or the model's `own` where the data says only how many there are."""
     unnamed = config.names == tuple(f"class{i}" for i in range(config.nc))
-    return tuple(model.names) if unnamed and len(model.names) == config.nc else config.names
+    return own if unnamed and len(own) == config.nc else config.names
 
 
-def _check_classes(model: Model, config: DataConfig, options: ValOptions) -> None:
-    if len(model.names) != config.nc and not options.single_cls:
+def _check_classes(own: tuple[str, ...], config: DataConfig, options: ValOptions) -> None:
+    if len(own) != config.nc and not options.single_cls:
         raise InputError(
-            f"{options.weights} has {len(model.names)} classes, {options.data} has {config.nc}; evaluate on the data it was trained on"
+            f"{options.weights} has {len(own)} classes, {options.data} has {config.nc}; evaluate on the data it was trained on"
         )
 
 

@@ -36,6 +36,7 @@ from models.cfg_text import read_text
 from models.darknet_weights import read_weights
 from models.foreign import DIALECTS, OURS, YOLOV5_PRUNE, ForeignCfg, dialect_of, read_foreign
 from models.foreign_weights import cfg_beside, module_list, named_tensors, names_beside
+from models.metadata import exported_kind
 from models.network import Network, replace_anchors
 from models.yaml_reader import from_spec, read_yaml
 from utils.errors import InputError
@@ -119,6 +120,12 @@ def load_model(weights: str | Path, cfg: str | Path | None = None, dialect: str 
     Weights without a structure (Darknet's `.weights`, the pruning repositories' pairs) need the cfg, which may stand beside them under the
     same name. `dialect`: of a cfg, see `read_structure`. Raises `InputError` naming the file and each block that differs.
     """
+    kind = exported_kind(weights)
+    if kind:
+        raise InputError(
+            f"{weights}: an exported {kind} model, which detect.py, val.py and prune_detect.py can run, and nothing can train, prune or export; "
+            "give the checkpoint that it was made from"
+        )
     path = existing(weights, "--weights")
     if path.suffix == ".weights":
         return _from_darknet(path, cfg, dialect)

@@ -10,8 +10,21 @@ import ast
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.errors import InputError
+
+_KINDS = {".onnx": "ONNX", ".xml": "OpenVINO", ".torchscript": "TorchScript"}
+
+
+def exported_kind(path: str | Path) -> str | None:
+    """What kind of exported model `path` is, by its ending (a folder with an .xml in it: OpenVINO's); None for anything else."""
+    path = Path(path)
+    if path.name.endswith(".torchscript.pt"):  # how YOLOv5 v6.0 called them
+        return "TorchScript"
+    if path.is_dir():
+        return "OpenVINO" if any(path.glob("*.xml")) else None
+    return _KINDS.get(path.suffix.lower())
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class DatasetOptions:
     cache: None, "ram" (resized images) or "disk" (decoded images as `.npy` beside them).  single_cls: all classes
     become 0.  multi_scale: every batch at another size, 0.5 to 1.5 times imgsz.  channels: of the network's input, 3 (RGB)
     or 1 (grey; augmented in colour, then converted).  quad: four samples become one of twice the size, so a batch is a
-    quarter of `batch_size` images.
+    quarter of `batch_size` images.  shape: a (height, width) in the place of the square, for a network that takes no other.
 
     With `augment`, JPEGs at least twice as long as imgsz are decoded at a half, a quarter or an eighth of their size;
     the disk cache and evaluation hold to the whole image.
@@ -70,6 +70,7 @@ class DatasetOptions:
     multi_scale: bool = False
     channels: int = 3
     quad: bool = False
+    shape: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.cache not in (None, "ram", "disk"):
@@ -153,7 +154,7 @@ class DetectionDataset(Dataset):
     def input_shape(self, position: int) -> tuple[int, int]:
         """Return the network input (height, width) of the batch that a position belongs to."""
         if not self.options.rect:
-            return self.options.imgsz, self.options.imgsz
+            return self.options.shape or (self.options.imgsz, self.options.imgsz)
         height, width = self._shapes[position // self.options.batch_size]
         return int(height), int(width)
 

@@ -89,6 +89,14 @@ def add_cfg(p: Parser, *aliases: str, text: str = "structure (.yaml or .cfg) if 
     p.add_argument("--dialect", default="auto", metavar="NAME", help=f"whose .cfg it is: {dialects}")
 
 
+def add_runnable(p: Parser) -> None:
+    """`--weights` of what can be run, a checkpoint or an exported model, with `--cfg`, `--dialect` and `--dnn`."""
+    exported = "an exported .onnx, _openvino_model folder or .torchscript, a Darknet .weights (with --cfg)"
+    p.add_argument("--weights", required=True, help=f"any checkpoint: ours, a pruned one, a YOLOv5 .pt; {exported}")
+    add_cfg(p)
+    p.add_argument("--dnn", action="store_true", help="run a .onnx or a Darknet pair in OpenCV's own reader")
+
+
 def add_device(p: Parser, workers: bool = True) -> None:
     p.add_argument("--device", default="", help="cpu, or a CUDA device number; empty: CUDA where there is one")
     if workers:
