@@ -23,30 +23,16 @@ from engine.prune_run import Job, PruneOptions, prepare
 from engine.recalibrate import recalibrate, training_batches
 from models.blocks import Blocks, flops, parameters
 from models.network import Network, fuse
-from pruning.backbone import METHODS, backbone_end
+from pruning.backbone import METHODS, backbone_end, neck_entries
 
 SPARSITIES = (0.0, 0.1, 0.25)
-
-
-def entries(blocks: Blocks) -> list[str]:
-    """Names of the convolutions behind the backbone that read its channels, directly or in a concat."""
-    end = backbone_end(blocks)
-    reads = [index < end for index in range(len(blocks))]  # whether a block's output holds channels of the backbone
-    found = []
-    for index, block in enumerate(blocks[end:], start=end):
-        if any(reads[i] for i in block.inputs):
-            if block.kind == "convolutional":
-                found.append(block.name)
-            else:
-                reads[index] = True
-    return found
 
 
 def made_anew(blocks: Blocks, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state` with new random weights in the entries of the neck."""
     torch.manual_seed(0)
     fresh = Network(blocks).state_dict()
-    keys = {f"{name}.conv.weight" for name in entries(blocks)}
+    keys = {f"{name}.conv.weight" for name in neck_entries(blocks, backbone_end(blocks))}
     return {k: fresh[k] if k in keys else v for k, v in state.items()}
 
 
@@ -85,7 +71,7 @@ def main() -> None:
         for way, stage in (("sliced", "cut"), ("sliced", "recalibrated"), ("anew", "recalibrated")):
             cells.append(f"{r[way][stage]['map50']:.3f} / {r[way][stage]['map']:.3f}")
         print(f"| {r['method']}, {r['sparsity']:.0%} | {' | '.join(cells)} |")
-    report("backbone", f"entries of the neck: {', '.join(entries(full))}; mAP@.5 / @.5:.95", rows=rows)
+    report("backbone", f"entries of the neck: {', '.join(neck_entries(full, backbone_end(full)))}; mAP@.5 / @.5:.95", rows=rows)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,19 @@ def _own_layers(blocks: Blocks) -> int:
     return 0
 
 
+def neck_entries(blocks: Blocks, end: int) -> list[str]:
+    """Names of the convolutions behind block `end` that read the backbone's channels, directly or in a concat."""
+    reads = [index < end for index in range(len(blocks))]  # whether a block's output holds channels of the backbone
+    found = []
+    for index, block in enumerate(blocks[end:], start=end):
+        if any(reads[i] for i in block.inputs):
+            if block.kind == "convolutional":
+                found.append(block.name)
+            else:
+                reads[index] = True
+    return found
+
+
 def backbone_plan(blocks: Blocks, end: int, sparsity: float) -> LayerPlan:
     """A share of the channels of each convolution before block `end`; all others stay whole."""
     layers = [i for i, b in enumerate(blocks[:end]) if b.has_gamma]

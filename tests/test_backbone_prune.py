@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +13,18 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.reference import dataset_yaml
 from engine import backbone_rounds
 from engine.backbone_rounds import epochs_of
 from engine.backbone_run import BackboneOptions, backbone_cut, combined
 from engine.cut import Cut
-from engine.prune_run import PruneOptions
+from engine.prune_bench import check_oracle
+from engine.prune_run import PruneOptions, prepare
 from models.blocks import Blocks
 from models.checkpoint import Model, load_model, save_model
-from models.network import Network
+from models.network import Network, fuse
 from models.yaml_reader import from_spec, read_yaml
-from pruning.backbone import backbone_end
+from pruning.backbone import backbone_end, neck_entries
 from pruning.masked import largest_difference
 from tests.helpers import ROOT, SMALL_CLASSIFIER, SMALL_YAML, alive, small, stock, write_dataset, write_folder
 from utils.errors import InputError
@@ -333,3 +336,27 @@ def test_rounds_of_a_detector_map_the_backbone_once(work: Path) -> None:
     rows = json.loads((work / "detrounds/rounds.json").read_text())["rounds"]
     assert len(rows) == 2 and rows[1]["params"] < rows[0]["params"] and rows[0]["measure"] == "map50"
     assert np.isfinite([r["tuned"] for r in rows]).all()
+
+
+# ---- the official checkpoint ---------------------------------------------------------------------------------------------------
+
+COCO, WEIGHTS = os.environ.get("COCO128_DIR"), os.environ.get("YOLOV5N_PT")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (COCO and WEIGHTS), reason="set COCO128_DIR (images/, labels/) and YOLOV5N_PT (the official v6.0 checkpoint)")
+def test_a_sliced_neck_detects_where_one_made_anew_does_not(tmp_path: Path) -> None:
+    data = dataset_yaml(Path(COCO), tmp_path)
+    base = options("L2", 0.1)
+    job = prepare(replace(base.run, weights=WEIGHTS, data=str(data), imgsz=320, device="cpu", workers=0))
+    cut = backbone_cut(job.model, base)
+    names = neck_entries(job.model.blocks, backbone_end(job.model.blocks))
+    assert names == [f"model.{name}" for name in ("9.cv1", "13.cv1", "13.cv2", "17.cv1", "17.cv2")]
+    network = replace(job.model, blocks=cut.blocks, state=dict(cut.state)).network()
+    check_oracle(cut.masked, network, job.model.network(), job.bench)
+    job.bench.measure("sliced", fuse(network), cut.blocks)
+    torch.manual_seed(0)
+    fresh = Network(cut.blocks).state_dict()
+    anew = dict(cut.state) | {key: fresh[key] for key in (f"{name}.conv.weight" for name in names)}
+    job.bench.measure("anew", fuse(replace(job.model, blocks=cut.blocks, state=anew).network()), cut.blocks)
+    assert job.bench.stages["sliced"]["map50"] > 0.2 and job.bench.stages["anew"]["map50"] < 0.01
