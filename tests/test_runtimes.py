@@ -147,7 +147,7 @@ def test_what_is_suppressed_in_the_file_is_not_suppressed_again(
                 assert_same(got, want)
     with caplog.at_level(logging.INFO):
         metrics = measured(work, tmp_path, **options_of(work, kind))
-    assert 0 < metrics["map50"] < in_torch(work)["map50"]
+    assert 0.2 < metrics["map50"] <= in_torch(work)["map50"] + 1e-3
     assert (
         "leaves out what is below confidence 0.1" in caplog.text and "suppresses boxes itself: confidence above 0.1, IoU 0.6" in caplog.text
     )
