@@ -150,7 +150,7 @@ def _measure(runs: Sequence[RunFigures], device: torch.device) -> dict[int, tupl
     weights do not change the time."""
     kinds: dict[int, dict[Blocks, list[int]]] = {}
     for i, run in enumerate(runs):
-        if run.checkpoint:
+        if run.checkpoint and not _exported(run):
             blocks = tuple(replace(block, anchors=()) for block in load_model(run.checkpoint).blocks)
             kinds.setdefault(run.imgsz or DEFAULT_SIZE, {}).setdefault(blocks, []).append(i)
     measured: dict[int, tuple[float, int]] = {}
@@ -163,6 +163,11 @@ def _measure(runs: Sequence[RunFigures], device: torch.device) -> dict[int, tupl
         times = latency_ms(networks, size, device)
         measured |= {i: (times[str(members[0])], size) for members in structures.values() for i in members}
     return measured
+
+
+def _exported(run: RunFigures) -> bool:
+    """Whether val.py ran an exported model, of which torch has no network to measure."""
+    return run.params is None
 
 
 def _latency(run: RunFigures, measured: tuple[float, int] | None) -> tuple[float | None, int | None, bool]:
@@ -178,7 +183,12 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     apart = [r.run.label for r in rows if r.ms is not None and not r.ms_together]
     if apart:
         notes.append(f"latency of {', '.join(apart)} is from the run itself: figures of different processes differ by chance")
-    gone = [r.run.label for r in rows if r.run.checkpoint is None]
+    exported = [r.run.label for r in rows if _exported(r.run)]
+    if exported:
+        notes.append(
+            f"of {', '.join(exported)}, exported models, parameters, FLOPs and latency are not known; benchmarks/latency.py times exports"
+        )
+    gone = [r.run.label for r in rows if r.run.checkpoint is None and not _exported(r.run)]
     if gone:
         notes.append(f"no latency could be measured for {', '.join(gone)}: the weights are not where the run says")
     return notes
@@ -195,7 +205,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         ("mAP@.5", lambda r: r.run.map50, "{:.4f}", True),
         ("mAP@.5:.95", lambda r: r.run.map, "{:.4f}", True),
         ("parameters", lambda r: r.run.params, "{:,}", False),
-        ("GFLOPs", lambda r: r.run.flops / 1e9, "{:.4g}", False),
+        ("GFLOPs", lambda r: _cost(r, "flops"), "{:.4g}", False),
         ("MB", lambda r: r.run.size_mb, "{:.2f}", False),
         (ms, lambda r: r.ms, "{:.2f}", False),
     ]
@@ -242,7 +252,9 @@ def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _cost(row: Row, what: str) -> float | None:
-    return row.run.flops / 1e9 if what == "flops" else row.ms
+    if what == "ms" or row.run.flops is None:
+        return row.ms if what == "ms" else None
+    return row.run.flops / 1e9
 
 
 def _front(rows: Sequence[Row], what: str) -> list[int]:
@@ -260,7 +272,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
 def _html(rows: Sequence[Row], head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str], picture: Path) -> str:
     def line(row: Row, texts: Sequence[str]) -> list[Any]:
-        values = (row.run.map50, row.run.map, row.run.params, row.run.flops / 1e9, row.run.size_mb, row.ms)
+        values = (row.run.map50, row.run.map, row.run.params, _cost(row, "flops"), row.run.size_mb, row.ms)
         return [*texts[:3], *(_figure(v, text) for v, text in zip(values, texts[3:]))]
 
     best = max(rows, key=lambda r: r.run.map50)

@@ -17,6 +17,7 @@ from utils.errors import InputError
 from utils.files import megabytes
 
 FIGURES = ("map50", "map", "params", "flops")
+UNKNOWN = ("params", "flops")  # may be null: val.py does not know them of an exported model
 _WANTED = "a run of prune.py and its like (report.json), of train.py and its like, or of val.py (metrics.json)"
 
 
@@ -24,8 +25,9 @@ _WANTED = "a run of prune.py and its like (report.json), of train.py and its lik
 class RunFigures:
     """A network as one run measured it.
 
-    flops: of one image at `imgsz`.  latency_ms: size -> milliseconds, as far as the run wrote them.  checkpoint: its weights where they
-    are still there.  source: the weights that the run started from.  data, imgsz: None where an older run does not say.
+    flops: of one image at `imgsz`; they and params are None of an exported model.  latency_ms: size -> milliseconds, as far as the run wrote
+    them.  checkpoint: its weights where they are still there.  source: the weights that the run started from.  data, imgsz: None where an
+    older run does not say.
     """
 
     label: str
@@ -33,8 +35,8 @@ class RunFigures:
     kind: str
     map50: float
     map: float
-    params: int
-    flops: int
+    params: int | None
+    flops: int | None
     images: int | None = None
     instances: int | None = None
     size_mb: float | None = None
@@ -74,7 +76,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _figures(path: Path, stage: Mapping[str, Any]) -> dict[str, Any]:
-    lacking = [key for key in FIGURES if not isinstance(stage.get(key), (int, float))]
+    lacking = [
+        key for key in FIGURES if not isinstance(stage.get(key), (int, float)) and not (key in UNKNOWN and stage.get(key, "") is None)
+    ]
     if lacking:
         raise InputError(f"{path}: has no {', '.join(lacking)}; it is not what a run writes, or from a version that is too old")
     return {key: stage[key] for key in FIGURES} | {key: stage.get(key) for key in ("images", "instances")}

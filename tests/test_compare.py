@@ -219,6 +219,23 @@ def test_runs_of_other_sizes_are_measured_each_at_its_own(tmp_path: Path, capsys
     assert "ms at 64 px" not in printed and "at 96 px" in printed and "different image sizes (64 px: v64; 96 px: v96)" in printed
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_exported_model_has_a_row_without_what_is_not_known(first: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save_model(tmp_path / "x.pt", Model(small(), alive(small()).state_dict(), ("a", "b", "c"), 64))
+    (tmp_path / "x.onnx").write_text("not looked at")
+    for name, known in (("x.pt", (1000, 2_000_000)), ("x.onnx", (None, None))):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        figures = {"map50": 0.5, "map": 0.4, "weights": str(tmp_path / name), "imgsz": 64, "data": "d.yaml"}
+        (folder / "metrics.json").write_text(json.dumps(figures | dict(zip(("params", "flops"), known))))
+    names = ["x_onnx", "x_pt"] if first else ["x_pt", "x_onnx"]
+    rows = dict(zip(names, compared(tmp_path, *(tmp_path / name for name in names))))
+    assert [rows["x_onnx"][key] for key in ("params", "flops", "ms", "map50")] == [None, None, None, 0.5]
+    assert rows["x_pt"]["flops"] == 2_000_000 and rows["x_pt"]["ms"] > 0 and rows["x_onnx"]["size_mb"] > 0
+    assert rows["x_onnx"]["on_front"] == []
+    assert "of x_onnx, exported models, parameters, FLOPs and latency are not known" in capsys.readouterr().out
+
+
 def test_the_front_is_what_nothing_beats() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
