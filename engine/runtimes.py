@@ -37,14 +37,15 @@ def open_runtime(weights: str | Path, cfg: str | Path = "", device: torch.device
     path, kind = Path(weights), exported_kind(weights)
     if dnn and kind != "ONNX" and path.suffix != ".weights":
         raise InputError(f"--dnn: {weights} is neither a .onnx nor the .weights of a Darknet pair, which OpenCV reads; leave the flag out")
-    if dnn and kind is None:
-        return Runtime(str(path), "OpenCV", *opencv.open_darknet(existing(path, "--weights"), cfg or None))
-    if kind is None:
+    if kind is None and not dnn:
         return None
-    if cfg:
+    if cfg and kind:
         raise InputError(f"--cfg {cfg}: {weights} holds its own structure; leave the flag out")
     path = path if path.is_dir() else existing(path, "--weights")
-    runtime = _OPENERS["OpenCV" if dnn else kind](path, device)
+    if kind is None:
+        runtime = Runtime(str(path), "OpenCV", *opencv.open_darknet(path, cfg or None))
+    else:
+        runtime = _OPENERS["OpenCV" if dnn else kind](path, device)
     LOGGER.info(f"{path}: {_described(runtime)}")
     return runtime
 

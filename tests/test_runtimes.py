@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,40 @@ def test_opencvs_rows_become_those_of_decode() -> None:
     assert torch.allclose(decoded(fine, 2, 3, 64, 96), want[:, :count], rtol=1e-5, atol=1e-5)
     fine[..., 4:] = 0
     assert (decoded(fine, 2, 3, 64, 96)[..., 4:] == 0).all(), "no objectness, no class"
+
+
+@pytest.mark.parametrize(("script", "kind"), [("detect", "onnx"), ("prune_detect", "dnn weights")])
+def test_the_scripts(script: str, kind: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The labels that detect.py writes, and how it says which program ran."""
+    options = options_of(work, kind)
+    cfg = ["--cfg", options["weights"].replace(".weights", ".cfg"), "--dnn"] if options["dnn"] else []
+    common = [
+        "--source",
+        str(work / "data/images/val"),
+        "--conf",
+        "0.1",
+        "--save-txt",
+        "--save-conf",
+        "--nosave",
+        "--project",
+        str(tmp_path),
+    ]
+    import_module(script).main(["--weights", options["weights"], *cfg, *common, "--name", "exported"])
+    assert f"runs in {'OpenCV' if options['dnn'] else 'ONNX Runtime'}" in capsys.readouterr().out
+    import_module("detect").main(["--weights", str(work / "plain/m.pt"), *common, "--name", "torch"])
+    labels = sorted((tmp_path / "torch/labels").glob("*.txt"))
+    assert len(labels) == 7
+    for path in labels:
+        got, want = (np.loadtxt(p, ndmin=2) for p in (tmp_path / "exported/labels" / path.name, path))
+        assert got.shape == want.shape and np.abs(got - want).max() < 1e-3
+
+
+@pytest.mark.parametrize(("kind", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino"), ("dnn onnx", "onnx")])
+def test_a_missing_package_is_one_line(kind: str, package: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_of(work, kind)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"needs the package {package}: pip install -r requirements-export.txt"):
+        open_runtime(options["weights"], dnn=options["dnn"])
 
 
 # ---- files of others ---------------------------------------------------------------------------------------------------------------
