@@ -80,16 +80,6 @@ def alive(blocks: Blocks, seed: int = 0, size: int = 64, calm: bool = False) -> 
     return network.eval()
 
 
-def calm(blocks: Blocks, seed: int = 0, size: int = 128) -> Network:
-    """`alive`, with heads whose logits are like a trained network's: float32 cannot be compared where a box hangs on the last bits."""
-    network = alive(blocks, seed, size)
-    with torch.no_grad():
-        for i in network.heads:
-            conv = network.get_submodule(blocks[blocks[i].inputs[0]].conv_path)
-            conv.weight *= 0.5
-    return network
-
-
 def slim(network: Network, percent: float = 0.5) -> Network:
     """`network` pruned as slim_prune_8x.py prunes: by gamma, multiples of 8, constants folded."""
     blocks, state = network.blocks, network.state_dict()
