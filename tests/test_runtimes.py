@@ -248,21 +248,23 @@ def test_a_missing_package_is_one_line(kind: str, package: str, work: Path, monk
 # ---- files of others ---------------------------------------------------------------------------------------------------------------
 
 
-def third_party(path: Path, props: dict[str, str], outputs: tuple = (("output0", (1, 10, 7)),), images: tuple = (1, 3, 64, 64)) -> Path:
+def third_party(
+    path: Path, props: dict[str, str], outputs: tuple = (("output0", (1, 10, 7)),), images: tuple = (1, 3, 64, 64), half: bool = False
+) -> Path:
     """An ONNX file whose outputs are constants, ten boxes of one object of class 1 where there is room for it, and whose input is used by none."""
     onnx = pytest.importorskip("onnx")
-    nodes, values = [], []
+    nodes, values, number = [], [], onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
     for i, (name, shape) in enumerate(outputs):
-        rows = np.zeros(shape, np.float32)
+        rows = np.zeros(shape, np.float16 if half else np.float32)
         if len(shape) == 3:
             rows[0, 0, :7] = [32, 32, 20, 10, 0.9, 0.1, 0.8][: shape[2]]
         nodes.append(onnx.helper.make_node("Constant", [], [f"c{i}"], value=onnx.numpy_helper.from_array(rows)))
         nodes.append(onnx.helper.make_node("Add", [f"c{i}", "zero"], [name]))
-        values.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
-    axes = onnx.numpy_helper.from_array(np.float32(0), "none")
+        values.append(onnx.helper.make_tensor_value_info(name, number, shape))
+    axes = onnx.numpy_helper.from_array(rows.dtype.type(0), "none")
     nodes.insert(0, onnx.helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=0))
     nodes.insert(1, onnx.helper.make_node("Mul", ["mean", "none"], ["zero"]))
-    source = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, images)
+    source = onnx.helper.make_tensor_value_info("images", number, images)
     graph = onnx.helper.make_graph(nodes, "g", [source], values, [axes])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 12)], ir_version=8)
     onnx.helper.set_model_props(model, props)
@@ -285,6 +287,13 @@ def test_yolov5s_own_onnx(tmp_path: Path) -> None:
         assert found.boxes == pytest.approx(np.array([[22, 27, 42, 37, 0.72, 1]]), abs=1e-4)
     renamed = third_party(tmp_path / "n.onnx", YOLOV5, (("predictions", (1, 10, 7)), *maps))
     assert open_runtime(renamed).names == ("cat", "dog"), "the only output of three axes"
+
+
+def test_half_precision_inside_the_file_is_its_own_affair(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    runtime = open_runtime(third_party(tmp_path / "h.onnx", YOLOV5, half=True))
+    rows = runtime(torch.ones(1, 3, 64, 64))
+    assert rows.dtype == torch.float32 and rows[0, 0].tolist() == pytest.approx([32, 32, 20, 10, 0.9, 0.1, 0.8], abs=1e-3)
 
 
 def test_without_metadata_the_usual_is_assumed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
