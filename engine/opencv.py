@@ -9,7 +9,8 @@ between equal scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -44,7 +45,8 @@ def open_darknet(weights: Path, cfg: str | Path | None) -> tuple[Metadata, Compu
     if cut > 0:
         LOGGER.info(f"{cfg}: thresh={cut:g} in [yolo] (0.2 if it is not written): OpenCV cuts lower scores; thresh=0 keeps them")
     try:
-        network = cv2.dnn.readNetFromDarknet(str(cfg), str(weights))
+        with _quiet():
+            network = cv2.dnn.readNetFromDarknet(str(cfg), str(weights))
     except cv2.error as error:
         raise InputError(f"{weights} with {cfg}: OpenCV cannot read it ({first_line(error)})") from None
     forward = _forward(network, network.getUnconnectedOutLayersNames())
@@ -82,8 +84,21 @@ def decoded(rows: Tensor, batch: int, anchors: int, height: int, width: int) -> 
 
 def open_onnx(path: Path, name: str, output: str) -> Compute:
     """`path` in OpenCV, from its input `name` to its `output`."""
-    forward = _forward(cv2.dnn.readNetFromONNX(str(path)), [output], name)
+    with _quiet():
+        network = cv2.dnn.readNetFromONNX(str(path))
+    forward = _forward(network, [output], name)
     return lambda images: torch.from_numpy(forward(images.contiguous().numpy())[0].copy())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep OpenCV from writing into the terminal what its exception says as well."""
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(level)
 
 
 def _forward(network: cv2.dnn.Net, outputs: Sequence[str], name: str = "") -> Forward:

@@ -86,7 +86,10 @@ class Runtime:
 
 def first_line(error: BaseException) -> str:
     """The first line of what a program says, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = getattr(error, "err", None) or str(
+        error
+    )  # OpenCV's exceptions begin with a line of its own source, and have the reason in `err`
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _shown(shape: Sequence[int]) -> str:

@@ -133,9 +133,11 @@ def _open_onnx_in_opencv(path: Path, device: torch.device) -> Runtime:
     which = _predictions(path, outputs)
     if not all(map(_fixed, shape)):
         raise InputError(f"{path}: OpenCV runs files of fixed size and batch only; export it without --dynamic, or leave --dnn out")
+    metadata = _metadata(path, {p.key: p.value for p in model.metadata_props}, shape, outputs[which][1])
+    if metadata.nms:
+        raise InputError(f"{path}: OpenCV cannot suppress boxes as the file does; export it without --nms, or leave --dnn out")
     with _reading(path, "OpenCV"):
         compute = opencv.open_onnx(path, name, outputs[which][0])
-    metadata = _metadata(path, {p.key: p.value for p in model.metadata_props}, shape, outputs[which][1])
     return _runtime(path, "OpenCV", metadata, compute, shape)
 
 

@@ -367,10 +367,23 @@ def test_flags_that_an_export_cannot_honour(flags: dict, said: str, work: Path, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["plain/m.pt", "plain/m.torchscript", "plain/m_openvino_model", "dynamic/m.onnx"])
+@pytest.mark.parametrize("name", ["plain/m.pt", "plain/m.torchscript", "plain/m_openvino_model", "dynamic/m.onnx", "nms/m.onnx"])
 def test_dnn_is_for_files_that_opencv_reads(name: str, work: Path) -> None:
-    with pytest.raises(InputError, match=r"--dnn: .*leave the flag out|OpenCV runs files of fixed size"):
+    with pytest.raises(InputError, match=r"--dnn: .*leave the flag out|OpenCV runs files of fixed size|export it without --nms"):
         open_runtime(work / name, dnn=True)
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.weights"])
+def test_what_opencv_cannot_read(name: str, work: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    onnx = pytest.importorskip("onnx")
+    (tmp_path / "m.cfg").write_text("[net]\nwidth=64\nheight=64\n\n[nonsense]\n\n[yolo]\nmask=0\nclasses=2\n")
+    (tmp_path / "m.weights").write_bytes(bytes(64))
+    model = onnx.load(work / "plain/m.onnx")
+    model.graph.node[0].op_type = "Nonsense"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=f"{name}.*: OpenCV cannot read it") as caught:
+        open_runtime(tmp_path / name, dnn=True)
+    assert len(str(caught.value).splitlines()) == 1 and "ERROR" not in capfd.readouterr().err
 
 
 def test_a_cfg_that_opencv_would_misread(work: Path, tmp_path: Path) -> None:
