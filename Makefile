@@ -37,6 +37,8 @@ bench: $(EXPORT)
 	$(BIN)/python benchmarks/two_processes.py
 	$(BIN)/python benchmarks/prune_time.py
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/latency.py --alignment --batch 1
+	$(BIN)/python benchmarks/latency_layers.py
 	$(BIN)/python benchmarks/agreement.py
 
 clean:
