@@ -15,7 +15,7 @@ from utils.flags import Argv, parser
 def main(argv: Argv = None) -> None:
     p = parser(__doc__)
     add_prune_flags(p)
-    p.add_argument("--shortcuts", type=int, default=2, metavar="K", help="number of bottlenecks with a shortcut to remove (default: 2)")
+    p.add_argument("--shortcuts", type=int, default=2, metavar="K", help="number of bottlenecks with a shortcut to remove")
     args = p.parse_args(argv)
     from engine.depth_run import run
     from engine.prune_run import PruneOptions

@@ -22,7 +22,8 @@ STEPS = 40  # of the bisection: the amount is known to 1e-12
 MOVES = 60  # most single units moved afterwards
 
 Cost = Callable[[Blocks], float]
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "ms": 1.0}
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+_BARE = 1000  # parameters or FLOPs: a number up to this without a unit is a mistake, such as 50 for half, and would leave next to nothing
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ def parse_target(what: str, text: str) -> Target:
     """`0.5` (at most 1: the fraction that stays) or an absolute figure: `1.2M`, `2.1G`, `12ms`."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", text.lower())
     unit = match.group(2).removesuffix("flops").removesuffix("params") if match else ""
+    units = {"": 1.0, "ms": 1.0} if what == "latency" else _UNITS
     try:
-        value = float(match.group(1)) * _UNITS[unit] if match else 0.0
+        value = float(match.group(1)) * units[unit] if match else 0.0
     except (KeyError, ValueError):
         value = 0.0
-    if value <= 0 or (unit == "ms") and what != "latency":
+    if value <= 0 or what != "latency" and not unit and 1 < value <= _BARE:
         absolute = {"params": "1.2M", "flops": "2.1G", "latency": "12ms"}[what]
         raise InputError(f"--target-{what} {text}: give the fraction that stays, such as 0.5, or a figure such as {absolute}")
     return Target(what, value, absolute=bool(unit) or value > 1)

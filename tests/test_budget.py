@@ -127,8 +127,12 @@ def test_targets(what: str, text: str, target: Target) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "text"), [("flops", "half"), ("params", "-1"), ("params", "12ms"), ("flops", "0"), ("latency", "1.2.3"), ("flops", "2T")]
-)
+    ("what", "text"),
+    [
+        ("flops", "half"), ("params", "-1"), ("params", "12ms"), ("flops", "0"), ("latency", "1.2.3"), ("flops", "2T"),
+        ("flops", "50"), ("params", "2"), ("latency", "12G"),
+    ],
+)  # fmt: skip
 def test_wrong_targets(what: str, text: str) -> None:
     with pytest.raises(InputError, match=f"--target-{what} {text}: give the fraction that stays"):
         parse_target(what, text)

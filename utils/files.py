@@ -20,7 +20,8 @@ def existing(path: str | Path, flag: str) -> Path:
         return path
     folder = path.parent
     near = did_you_mean(path.name, [p.name for p in folder.iterdir()]) if folder.is_dir() else f"; there is no folder {folder}"
-    raise InputError(f"{flag}: no file {path}{near}. Nothing is downloaded: give the path of a file that is there")
+    end = "" if near.endswith("?") else "."
+    raise InputError(f"{flag}: no file {path}{near}{end} Nothing is downloaded: give the path of a file that is there")
 
 
 @contextmanager

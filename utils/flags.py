@@ -30,7 +30,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        return text if action.default in (None, "", False, argparse.SUPPRESS) or not text else f"{text} (default: %(default)s)"
+        return text if action.default in (None, "", False, [], argparse.SUPPRESS) or not text else f"{text} (default: %(default)s)"
 
 
 def parser(description: str) -> Parser:
