@@ -138,7 +138,8 @@ def backbone_cut(model: Model, options: BackboneOptions) -> Cut:
     line += "; a group that a shortcut ties keeps what one of its members keeps"
     if not is_classifier(blocks):
         line += "; neck and head keep their filters and are sliced to fit"
-    return replace(cut, lines=(*cut.lines, line), report={"method": options.method.upper(), "sparsity": options.sparsity, **cut.report})
+    report = {"method": options.method.upper(), "criterion": criterion, "sparsity": options.sparsity, **cut.report}
+    return replace(cut, lines=(*cut.lines, line), threshold=None, report=report)
 
 
 # ---- classifiers ---------------------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ class LayerWidth:
 @dataclass(frozen=True)
 class Cut:
     """`blocks`, `state`: the pruned network. `masked`: the full-width network that it must equal. `gamma_zero`: the full-width tensors with
-    gamma at zero in what goes and nothing else done. `layers`: the widths; `lines`: what to tell about the decision; `threshold`: the largest score
-    that goes; `report`: the decision for report.json."""
+    gamma at zero in what goes and nothing else done. `layers`: the widths; `lines`: what to tell about the decision; `threshold`: the largest
+    |gamma| that goes, None where something else was judged; `report`: the decision for report.json."""
 
     blocks: Blocks
     state: Mapping[str, Tensor]
@@ -40,7 +40,7 @@ class Cut:
     gamma_zero: Mapping[str, Tensor]
     layers: tuple[LayerWidth, ...]
     lines: tuple[str, ...] = ()
-    threshold: float = 0.0
+    threshold: float | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -40,7 +40,7 @@ def depth_cut(model: Model, verdicts: list[Verdict]) -> Cut:
     return Cut(
         small_blocks, small_state, masked_network(blocks, folded, spaces, mask), zero_gamma(blocks, state, spaces, mask),
         tuple(layer_widths(blocks, small_blocks, verdicts)), (table(verdicts), *_left_alone(blocks), f"removed: {names}"),
-        max(v.gamma for v in verdicts if v.removed),
+        None,
         {
             "shortcuts": len(removed), "removed": [r.name for r in removed],
             "bottlenecks": [

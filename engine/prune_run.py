@@ -139,7 +139,8 @@ def select_cut(job: Job, channels: ChannelOptions) -> Cut:
     scoring = channels.scoring
     judged = f"criterion {scoring.criterion}, normalised by {scoring.normalization}; groups decide by {policy.equalize}"
     chosen = {"criterion": scoring.criterion, "normalize": scoring.normalization, "equalize": policy.equalize, "config": channels.config}
-    return replace(cut, lines=(*cut.lines, judged, *told), report={**chosen, **cut.report, **report})
+    threshold = cut.threshold if (scoring.criterion, scoring.normalization) == ("gamma", "none") else None
+    return replace(cut, lines=(*cut.lines, judged, *told), threshold=threshold, report={**chosen, **cut.report, **report})
 
 
 def excluding(spaces: Spaces, blocks: Blocks, patterns: tuple[str, ...]) -> Spaces:

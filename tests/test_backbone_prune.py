@@ -238,7 +238,9 @@ def report_of(folder: Path) -> dict:
 def test_the_backbone_of_a_detector(work: Path) -> None:
     call("--weights", work / "detector.pt", "--sparsity", 0.25, "--method", "fpgm", "--recalibrate", 2, "--name", "det", *common(work))
     report = report_of(work / "det")
-    assert report["method"] == "FPGM" and report["sparsity"] == 0.25
+    assert report["method"] == "FPGM" and report["criterion"] == "fpgm" and report["sparsity"] == 0.25
+    page = (work / "det" / "report.html").read_text()
+    assert "not what the channels were chosen by" in page and "largest score that was marked:" not in page
     assert report["oracle"]["difference"] <= report["oracle"]["bound"]
     assert report["pruned"]["params"] < report["before"]["params"] and "recalibrated" in report
     why = {x["name"]: x["kept"] for x in report["layers"]}

@@ -49,11 +49,14 @@ def report(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_every_criterion_goes_through_a_script(criterion: str, work: Path) -> None:
+def test_every_criterion_goes_through_a_script(criterion: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds: list[float | None] = []
+    monkeypatch.setattr(plots, "plot_gamma_before_after", lambda before, after, threshold, path: thresholds.append(threshold))
     folder = prune(work, "slim_prune", f"by-{criterion}", "--percent", 0.4, "--criterion", criterion, "--calibration-batches", 1)
     r = report(folder)
     assert (r["criterion"], r["normalize"]) == (criterion, "none" if criterion in ("gamma", "random") else "mean")
     assert r["oracle"]["difference"] <= r["oracle"]["bound"] and r["oracle"]["changed"] > 0.1
+    assert thresholds == [r["selection"]["threshold"] if criterion == "gamma" else None], "a line among |gamma| is a |gamma|"
     stem = "prune_0.4_keep_0.01_full" if criterion == "gamma" else f"prune_0.4_{criterion}_keep_0.01_full"
     assert {f"{stem}.cfg", f"{stem}.pt"} <= {p.name for p in folder.iterdir()}
 
