@@ -10,7 +10,7 @@ python backbone_prune.py --resume runs/prune/exp                                
 from engine.options import TrainOptions
 from engine.prune_flags import add_prune_flags, shared
 from utils.errors import InputError, run_script
-from utils.flags import Argv, parser
+from utils.flags import Argv, parser, typed
 
 
 def main(argv: Argv = None) -> None:
@@ -35,6 +35,9 @@ def main(argv: Argv = None) -> None:
     args = p.parse_args(argv)
     if not args.resume and not args.weights:
         raise InputError("--weights: give a detector, or a classifier whose backbone is to be pruned")
+    idle = typed(p, argv) & {"epochs_per_round", "hyp", "optimizer", "noautoanchor"}
+    if idle and args.rounds is None and not args.resume:
+        raise InputError(f"--{min(idle).replace('_', '-')} is for the fine-tuning of --rounds; give --rounds too, or leave it out")
     from engine.backbone_rounds import RoundOptions, epochs_of, resume_rounds, run_rounds
     from engine.backbone_run import BackboneOptions, prune_backbone
     from engine.prune_run import PruneOptions

@@ -7,6 +7,7 @@ themselves whether they are finished: the one by its report, the other by the st
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from engine.session import resume, train
 from models.checkpoint import load_model
 from utils.errors import InputError
 from utils.files import existing, make_folder, run_folder
+from utils.hyp import read_hyp
 from utils.log import LOGGER
 
 
@@ -50,8 +52,16 @@ def epochs_of(rounds: int, given: tuple[int, ...]) -> tuple[int, ...]:
 def run_rounds(options: RoundOptions) -> Path:
     """Prune and fine-tune round by round, in a new run folder; return it."""
     o = options.backbone.run
+    read_hyp(options.training.hyp)
     folder = make_folder(run_folder(o.project, o.name, o.exist_ok))
     write_json(folder / "rounds.json", {"options": asdict(options), "rounds": []})
+    try:
+        _pruned(folder / "round1", o.weights, options, first=True)
+    except InputError:  # as a single pruning does, leave nothing behind
+        (folder / "rounds.json").unlink()
+        with suppress(OSError):
+            folder.rmdir()
+        raise
     return _go_on(folder, options)
 
 

@@ -35,7 +35,7 @@ from utils.data_config import read_data
 from utils.dataset import DatasetOptions, EpochLoader, make_loader
 from utils.device import Precision, evaluation_workers, select_device
 from utils.errors import InputError
-from utils.files import make_folder, run_folder, write_text
+from utils.files import existing, make_folder, run_folder, write_text
 from utils.flags import multiple
 from utils.image_folder import ClassificationDataset, read_image_folders, scan_folder
 from utils.log import LOGGER
@@ -64,6 +64,8 @@ class BackboneOptions:
 def prune_backbone(options: BackboneOptions) -> Path | None:
     """Prune as the options say; return the run folder (None in a dry run). Raises `InputError` before anything is written."""
     o = options.run
+    if options.into:
+        existing(options.into, "--into")
     model = load_model(o.weights) if options.into else _load(o)
     model = with_batch_norms(model, o.weights)
     if is_classifier(model.blocks) and not options.into and not o.cfg:

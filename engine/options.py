@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 from utils.errors import InputError
@@ -72,8 +73,10 @@ class TrainOptions:
             raise InputError(f"--optimizer {self.optimizer}: choose SGD, Adam or AdamW")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: must not be negative")
-        if (self.sr or 0) < 0 or self.beta_sr < 0:
-            raise InputError(f"--sr {self.sr}, --beta-sr {self.beta_sr}: strengths must not be negative; 0 turns the penalty off")
+        if not all(0 <= strength < inf for strength in (self.sr or 0, self.beta_sr)):
+            raise InputError(
+                f"--sr {self.sr}, --beta-sr {self.beta_sr}: strengths must not be negative, nor infinite; 0 turns the penalty off"
+            )
         if self.sparsity_method not in SPARSITY_METHODS:
             raise InputError(f"--sparsity-method {self.sparsity_method}: choose {' or '.join(SPARSITY_METHODS)}")
 

@@ -283,12 +283,18 @@ def test_a_dry_run_writes_nothing(work: Path) -> None:
         (["--weights", "detector.pt", "--rounds", 2, "--dry-run"], "--dry-run shows one pruning"),
         (["--weights", "classifier.pt", "--into", "classifier.pt"], "classifier.pt: is a classifier, and this takes detectors"),
         (["--resume", "nowhere"], "--resume: no file nowhere"),
+        (["--weights", "classifier.pt", "--into", "nowhere.pt"], "--into: no file nowhere.pt"),
+        (["--weights", "detector.pt", "--epochs-per-round", 1], "--epochs-per-round is for the fine-tuning of --rounds"),
+        (["--weights", "nowhere.pt", "--rounds", 2], "--weights: no file nowhere.pt"),
+        (["--weights", "detector.pt", "--rounds", 2, "--hyp", "nowhere.yaml"], "--hyp: no file nowhere.yaml"),
+        (["--weights", "detector.pt", "--rounds", 2, "--exclude", "model.99"], "--exclude model.99: matches no prunable"),
     ],
 )  # fmt: skip
 def test_wrong_flags_get_one_line(work: Path, args: list, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
     with pytest.raises(InputError, match=message):
-        call(*args, "--data", "boxes/data.yaml", "--name", "wrong")
+        call(*args, "--data", "boxes/data.yaml", "--workers", 0, "--project", work, "--name", "wrong")
+    assert not (work / "wrong").exists()
 
 
 # ---- rounds --------------------------------------------------------------------------------------------------------------------

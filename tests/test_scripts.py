@@ -321,6 +321,11 @@ WRONG: dict[str, tuple[str, Change, str]] = {
     ),
     "nothing to train": ("train", lambda w, t: [], "give --weights .* --cfg"),
     "negative strength": ("train_sparsity", lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--sr", "-1"], "must not be negative"),
+    "strength that is no number": (
+        "train_sparsity",
+        lambda w, t: ["--weights", w / "sparse/weights/last.pt", "--sr", "nan"],
+        "must not be negative",
+    ),
     "finished run": ("train", lambda w, t: ["--resume", w / "sparse/weights/last.pt"], "is finished"),
 }
 
