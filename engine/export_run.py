@@ -94,7 +94,8 @@ def export(options: ExportOptions) -> list[Path]:
         write_files(product.files)
         written.append(product.path)
         size = sum(map(megabytes, product.files))
-        checked = f"{product.gap} of torch" if product.gap else "not compared with torch: onnxruntime is not installed"
+        apart = f"probabilities within {product.gap.scores:.2g}" if product.gap and job.classifier else product.gap
+        checked = f"{apart} of torch" if apart else "not compared with torch: onnxruntime is not installed"
         LOGGER.info(f"{name}: {product.path} ({size:.1f} MB), {checked}")
     _tell_next(job, written)
     return written

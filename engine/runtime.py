@@ -85,11 +85,11 @@ class Runtime:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a program says, shortened."""
-    text = getattr(error, "err", None) or str(
-        error
-    )  # OpenCV's exceptions begin with a line of its own source, and have the reason in `err`
-    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of what a program says of the reason, shortened."""
+    text = getattr(error, "err", None) or str(error)  # OpenCV's exceptions have the reason in `err`, behind a place in its source
+    lines = text.strip().splitlines() or [type(error).__name__]
+    reasons = (line for line in lines if not line.startswith(("Exception from ", "Check '")))  # OpenVINO's places in its source
+    return next(reasons, lines[0])[:200]
 
 
 def _shown(shape: Sequence[int]) -> str:

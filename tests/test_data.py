@@ -115,6 +115,8 @@ def test_missing_data_file_names_its_neighbours(tmp_path):
         read_data(tmp_path / "hand.yaml")
     with pytest.raises(InputError, match="did you mean coco128.yaml"):
         read_data("coco12.yaml")
+    with pytest.raises(InputError, match="is a folder; a detector's data is a .yaml or .data"):
+        read_data(tmp_path)
     (tmp_path / "set.json").write_text("{}")
     with pytest.raises(InputError, match="expected a dataset .yaml"):
         read_data(tmp_path / "set.json")

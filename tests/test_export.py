@@ -124,10 +124,12 @@ def test_suppression_in_openvino_is_that_of_detect(tmp_path: Path, dynamic: bool
     assert (np.diff(rows[:, :, 4]) <= 0).all()
 
 
-def test_a_classifier_is_exported_as_probabilities(tmp_path: Path) -> None:
+def test_a_classifier_is_exported_as_probabilities(tmp_path: Path, capsys) -> None:
     needs_extras()
     weights = saved(tmp_path, read_yaml(ROOT / "models/yolov5nb.yaml", 3))
     export(ExportOptions(str(weights), ("darknet", "onnx", "openvino", "torchscript"), imgsz=(64, 64)))
+    said = capsys.readouterr().out
+    assert said.count("probabilities within") == 4 and "boxes" not in said
     rows = run_onnx((tmp_path / "m.onnx").read_bytes(), np.zeros((1, 3, 64, 64), np.float32))["output"]
     assert rows.shape == (1, 3) and rows.sum() == pytest.approx(1, abs=1e-5)
     with pytest.raises(InputError, match="is a classifier, which has nothing to suppress"):

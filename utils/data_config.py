@@ -104,6 +104,8 @@ def _find_file(path: Path) -> Path:
     """Return the absolute path of the file that `path` means; InputError naming its neighbours if there is none."""
     candidates = [_absolute(base / path) for base in (Path.cwd(), REPOSITORY, REPOSITORY / "data")]
     source = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
+    if source is None and path.is_dir():
+        raise InputError(f"data file {path}: is a folder; a detector's data is a .yaml or .data (a classifier's can be a folder of images)")
     if source is None:
         folder = next((c.parent for c in candidates if c.parent.is_dir()), REPOSITORY / "data")
         known = sorted(f.name for f in (*folder.iterdir(), *(REPOSITORY / "data").iterdir()) if f.is_file())

@@ -18,6 +18,8 @@ def existing(path: str | Path, flag: str) -> Path:
     path = Path(path)
     if path.is_file():
         return path
+    if path.is_dir():
+        raise InputError(f"{flag}: {path} is a folder; give a file")
     folder = path.parent
     near = did_you_mean(path.name, [p.name for p in folder.iterdir()]) if folder.is_dir() else f"; there is no folder {folder}"
     end = "" if near.endswith("?") else "."
