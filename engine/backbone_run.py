@@ -35,7 +35,7 @@ from utils.data_config import read_data
 from utils.dataset import DatasetOptions, EpochLoader, make_loader
 from utils.device import Precision, evaluation_workers, select_device
 from utils.errors import InputError
-from utils.files import existing, make_folder, run_folder, write_text
+from utils.files import check_place, existing, make_folder, run_folder, write_text
 from utils.flags import multiple
 from utils.image_folder import ClassificationDataset, read_image_folders, scan_folder
 from utils.log import LOGGER
@@ -180,6 +180,7 @@ def _finish_classifier(o: PruneOptions, model: Model, cut: Cut) -> Path | None:
     if o.dry_run:
         LOGGER.info("dry run: nothing was measured or written")
         return None
+    check_place(o.project)
     labels = validation_images(o.data, "val", model.names, o.weights)
     workers = evaluation_workers(o.workers, device)
     bench = _Bench(validation_loader(labels, imgsz, o.batch_size, model.blocks[0].channels, workers), Precision(device), imgsz)

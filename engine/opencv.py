@@ -24,6 +24,7 @@ from models.foreign import DARKNET, dialect_of
 from models.foreign_weights import cfg_beside, names_beside
 from models.metadata import Metadata
 from utils.errors import InputError
+from utils.files import existing
 from utils.log import LOGGER
 
 Forward = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -31,7 +32,7 @@ Forward = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 def open_darknet(weights: Path, cfg: str | Path | None) -> tuple[Metadata, Compute]:
     """The pair of `weights` and `cfg`, or the .cfg beside it, in OpenCV. Raises `InputError` for a cfg that OpenCV would not read as it is meant."""
-    cfg = cfg_beside(weights, cfg)
+    cfg = existing(cfg_beside(weights, cfg), "--cfg")
     text = read_text(cfg)
     if dialect_of(text, str(cfg)) != DARKNET:
         raise InputError(

@@ -34,7 +34,7 @@ from pruning.spaces import KeepReason, Spaces, find_spaces
 from utils import plots
 from utils.device import select_device
 from utils.errors import InputError
-from utils.files import make_folder, run_folder, write_text
+from utils.files import check_place, make_folder, run_folder, write_text
 from utils.flags import multiple
 from utils.log import LOGGER
 
@@ -107,6 +107,7 @@ def job_for(options: PruneOptions, model: Model, teacher: str) -> Job:
     imgsz = multiple(options.imgsz or model.imgsz, image_multiple(model.blocks))
     bench = None
     if not options.dry_run:
+        check_place(options.project)
         bench = make_bench(model, options.weights, options.data, imgsz, options.batch_size, device, options.workers)
     return Job(options, model, device, imgsz, bench, teacher)
 

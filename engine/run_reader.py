@@ -79,6 +79,8 @@ def _figures(path: Path, stage: Mapping[str, Any]) -> dict[str, Any]:
     lacking = [
         key for key in FIGURES if not isinstance(stage.get(key), (int, float)) and not (key in UNKNOWN and stage.get(key, "") is None)
     ]
+    if lacking and "accuracy_top1" in stage:
+        raise InputError(f"{path}: the figures of a classifier; detectors are compared here, by their mAP")
     if lacking:
         raise InputError(f"{path}: has no {', '.join(lacking)}; it is not what a run writes, or from a version that is too old")
     return {key: stage[key] for key in FIGURES} | {key: stage.get(key) for key in ("images", "instances")}

@@ -180,12 +180,14 @@ def test_other_data_or_sizes_are_said_to_not_compare() -> None:
     (["unfinished"], r"this training has not finished; train.py --resume completes it"),
     (["broken"], r"broken/report.json: cannot be read as JSON"), (["list"], "list/metrics.json: holds no figures"),
     (["poor"], "poor/metrics.json: has no map, params, flops"), (["stages"], "stages/report.json: has no stages `before` and `pruned`"),
+    (["classes"], "classes/metrics.json: the figures of a classifier"),
     (["options"], "options/opt.yaml: cannot be read"), (["good", "--names", "a", "b"], "--names: 2 names for 1 runs"),
 ])  # fmt: skip
 def test_wrong_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
     good = '{"map50": 0.5, "map": 0.4, "params": 1, "flops": 2}'
     files = {
         "unfinished/opt.yaml": "data: x\n", "broken/report.json": "{", "list/metrics.json": "[1]", "poor/metrics.json": '{"map50": 1}',
+        "classes/metrics.json": '{"accuracy_top1": 0.5, "params": 1, "flops": 2}',
         "stages/report.json": '{"before": {}}', "options/metrics.json": good, "options/opt.yaml": "epochs: [", "good/metrics.json": good,
     }  # fmt: skip
     (tmp_path / "empty").mkdir()

@@ -138,6 +138,7 @@ WRONG = {
     "a budget that is none": (["--target-flops", "half"], "--target-flops half: give the fraction that stays"),
     "no such config": (["--config", "none.yaml"], "--config: no file none.yaml"),
     "an entry of the head alone": (["--config", "{tmp}/head.yaml"], r"entry 1: every layer that it names stays whole \(model.*predictions"),
+    "a file where the run is to be": (["--project", "{tmp}/head.yaml"], "the run folder cannot be made .*head.yaml is no folder"),
     "no filters": (["--min-filters", "0"], "--min-filters must be at least 1"),
     "negative batches": (["--recalibrate", "-1"], "--recalibrate -1"),
     "no batches for taylor": (["--criterion", "taylor", "--calibration-batches", "0"], "needs at least one batch"),

@@ -392,6 +392,8 @@ def test_a_cfg_that_opencv_would_misread(work: Path, tmp_path: Path) -> None:
     (tmp_path / "ours.cfg").write_text(write_cfg(small()))
     with pytest.raises(InputError, match="ours.cfg: not plain Darknet, so OpenCV would misread it"):
         open_runtime(work / "plain/m.weights", tmp_path / "ours.cfg", dnn=True)
+    with pytest.raises(InputError, match="--cfg: no file .*gone.cfg"):
+        open_runtime(work / "plain/m.weights", tmp_path / "gone.cfg", dnn=True)
 
 
 @pytest.mark.parametrize("name", ["m.onnx", "m.torchscript"])

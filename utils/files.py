@@ -108,6 +108,15 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def check_place(folder: str | Path) -> None:
+    """Raise `InputError` where `folder` could not be made or written into, so that a long run need not end on that."""
+    folder = Path(folder).absolute()
+    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written into" if there.is_dir() else "is no folder"
+        raise InputError(f"{folder}: the run folder cannot be made ({there} {why})")
+
+
 class OwnNames:
     """Gives each path the stem of its file name, and a second path of the same stem (another folder or ending) a number after it."""
 
