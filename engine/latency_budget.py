@@ -33,7 +33,7 @@ def select_for_latency(
 ) -> LatencyFound:
     """Search the selection whose network takes `wanted` milliseconds: by `predict`, each result verified by `measure`."""
     tried: list[LatencyFound] = []
-    aim = wanted
+    aim, full = wanted, predict(blocks)
     for number in range(1, ROUNDS + 1):
         found = select_for(blocks, selector, predict, aim, CLOSE / 2)
         measured = measure(narrowed(blocks, selector.spaces, found.selection.mask))
@@ -42,7 +42,7 @@ def select_for_latency(
         off = measured / wanted - 1
         if abs(off) <= CLOSE or (found.reason and off > 0):  # there, or nothing more can go
             break
-        aim *= wanted / measured
+        aim = min(aim * wanted / measured, (aim + full) / 2)  # one odd measurement must not ask for the full network
     best = min(tried, key=lambda t: abs(t.found.cost - wanted))
     far = abs(best.found.cost / wanted - 1) > CLOSE
     reason = best.found.reason or f"after {len(tried)} searches predicted and measured latencies still differ; the machine may be busy"

@@ -52,6 +52,16 @@ def test_a_machine_that_contradicts_itself_gives_the_nearest_and_says_so() -> No
     assert "still differ" in result.found.reason
 
 
+def test_one_odd_measurement_does_not_end_at_the_full_network() -> None:
+    """A third of the time, once: corrected by that alone, the search would ask for more than the full network and leave all of it."""
+    blocks = stock("n")
+    chosen, wanted = selector(blocks, POLICY), 0.8 * predicted(blocks)
+    odd = iter([1 / 3])
+    result = select_for_latency(blocks, chosen, predicted, lambda b: next(odd, 1) * predicted(b), wanted)
+    assert result.found.cost == pytest.approx(wanted, rel=CLOSE) and result.found.reason == ""
+    assert not result.found.selection.mask.all()
+
+
 def test_what_cannot_be_reached_is_searched_once() -> None:
     blocks = stock("n")
     chosen = selector(blocks, PrunePolicy(0.5, "keep", 0.5))
