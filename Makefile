@@ -36,7 +36,7 @@ bench: $(EXPORT)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/two_processes.py
 	$(BIN)/python benchmarks/prune_time.py
-	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/latency.py --divisor 16
 	$(BIN)/python benchmarks/latency.py --alignment --batch 1
 	$(BIN)/python benchmarks/latency_layers.py
 	$(BIN)/python benchmarks/agreement.py
