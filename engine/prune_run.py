@@ -161,6 +161,7 @@ def _check_plan(plan: LayerPlan, spaces: Spaces, scores: Scores, policy: PrunePo
         )
         if reasons and all(reasons.values()):
             why = sorted({reason.value for reason in reasons.values()})
+            why += ["--equalize union prunes groups too"] * (KeepReason.SHORTCUT in reasons.values())
             names = ", ".join(blocks[i].name for i in sorted(own)[:3])
             raise InputError(f"--config {source} entry {quota.entry}: every layer that it names stays whole ({names}: {'; '.join(why)})")
 

@@ -155,3 +155,11 @@ def test_wrong_inputs(case: str, work: Path, tmp_path: Path, capsys: pytest.Capt
     error = capsys.readouterr().err
     assert ended.value.code == 2 and re.search(message, error), error
     assert len(error.strip().splitlines()) == 1 and not (work / "wrong").exists()
+
+
+def test_a_config_of_a_tied_group_says_how_to_prune_it(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "tied.yaml").write_text("- {sparsity: 0.5, op_names: [model.2.m.0.cv2]}\n")
+    with pytest.raises(SystemExit):
+        run_script(lambda: prune(work, "prune", "tied", "--config", tmp_path / "tied.yaml"))
+    assert re.search(r"stays whole \(model\.2\.m\.0\.cv2: tied by a shortcut.*; --equalize union prunes groups too\)", capsys.readouterr().err)
+    assert not (work / "tied").exists()
