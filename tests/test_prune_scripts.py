@@ -161,5 +161,7 @@ def test_a_config_of_a_tied_group_says_how_to_prune_it(work: Path, tmp_path: Pat
     (tmp_path / "tied.yaml").write_text("- {sparsity: 0.5, op_names: [model.2.m.0.cv2]}\n")
     with pytest.raises(SystemExit):
         run_script(lambda: prune(work, "prune", "tied", "--config", tmp_path / "tied.yaml"))
-    assert re.search(r"stays whole \(model\.2\.m\.0\.cv2: tied by a shortcut.*; --equalize union prunes groups too\)", capsys.readouterr().err)
+    assert re.search(
+        r"stays whole \(model\.2\.m\.0\.cv2: tied by a shortcut.*; --equalize union prunes groups too\)", capsys.readouterr().err
+    )
     assert not (work / "tied").exists()
