@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 
+from engine import prune_bench
 from models.blocks import Block, Blocks, check, make
 from models.network import Network
 from models.yaml_reader import from_spec, read_yaml
@@ -15,6 +18,7 @@ from pruning.criteria import gamma_scores
 from pruning.policy import PrunePolicy, select_masks
 from pruning.spaces import find_spaces
 from pruning.surgery import fold_constants, prune
+from utils import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 STOCK = ("n", "s", "m", "l", "x")
@@ -164,3 +168,10 @@ def write_folder(root: Path, images: int = 6, size: int = 64, nc: int = 3) -> Pa
                 image[..., c % 3] += 150
                 cv2.imwrite(str(root / split / f"kind{c}" / f"{i}.png"), image)
     return root
+
+
+def without_pictures_and_timings(monkeypatch: pytest.MonkeyPatch, keep: Sequence[str] = ()) -> None:
+    """Take out of the scripts what takes most of their time on small models and is tested elsewhere: plots, but those of `keep`, and latencies."""
+    for name in (name for name in dir(plots) if name.startswith("plot_") and name not in keep):
+        monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(prune_bench, "latency_ms", lambda networks, *args: dict.fromkeys(networks, 1.0))

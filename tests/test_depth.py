@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from engine import prune_bench
 from engine.cut import Cut
 from engine.depth_run import depth_cut
 from engine.verdict import decision
@@ -25,8 +24,7 @@ from pruning.masked import largest_difference, masked_network
 from pruning.policy import PrunePolicy, select_masks
 from pruning.spaces import find_spaces
 from pruning.surgery import fold_constants, prune
-from tests.helpers import ROOT, alive, small, stock, with_module, write_dataset
-from utils import plots
+from tests.helpers import ROOT, alive, small, stock, with_module, without_pictures_and_timings, write_dataset
 from utils.errors import InputError, run_script
 
 BACKBONE = ["model.2.m.0", "model.4.m.0", "model.4.m.1", "model.6.m.0", "model.6.m.1", "model.6.m.2", "model.8.m.0"]
@@ -279,9 +277,7 @@ def test_silencing_touches_nothing_but_the_last_convolutions() -> None:
 
 @pytest.fixture(autouse=True)
 def neither_pictures_nor_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (name for name in dir(plots) if name.startswith("plot_") and name != "plot_widths"):
-        monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(prune_bench, "latency_ms", lambda networks, *args: dict.fromkeys(networks, 1.0))
+    without_pictures_and_timings(monkeypatch, keep=("plot_widths",))
 
 
 @pytest.fixture(scope="module")

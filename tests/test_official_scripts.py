@@ -14,12 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import prune_bench
 from models.checkpoint import load_model, save_model
 from tests import official_files
-from tests.helpers import ROOT, write_dataset
+from tests.helpers import ROOT, without_pictures_and_timings, write_dataset
 from tests.official_files import ERAS, bare_pickle, make_model, save, stripped, unstripped
-from utils import plots
 from utils.data_config import read_data
 from utils.errors import run_script
 
@@ -34,9 +32,7 @@ def call(script: str, *args: object) -> None:
 @pytest.fixture(autouse=True)
 def neither_pictures_nor_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of a script's time at this size, and are tested elsewhere."""
-    for name in (name for name in dir(plots) if name.startswith("plot_")):
-        monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(prune_bench, "latency_ms", lambda networks, *args: dict.fromkeys(networks, 1.0))
+    without_pictures_and_timings(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from engine import prune_bench, prune_run
+from engine import prune_run
 from models.blocks import Blocks, flops, parameters
 from models.checkpoint import Model, load_model, save_model
 from pruning.choices import CRITERIA, EQUALIZE
-from tests.helpers import alive, small, write_dataset
+from tests.helpers import alive, small, without_pictures_and_timings, write_dataset
 from utils import plots
 from utils.errors import run_script
 
@@ -21,9 +21,7 @@ from utils.errors import run_script
 @pytest.fixture(autouse=True)
 def neither_pictures_nor_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of a script's time at this size, and are tested elsewhere."""
-    for name in (name for name in dir(plots) if name.startswith("plot_")):
-        monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(prune_bench, "latency_ms", lambda networks, *args: dict.fromkeys(networks, 1.0))
+    without_pictures_and_timings(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from PIL import Image
 
 import sensitivity
 import slim_prune
-from engine import prune_bench, sensitivity_report
 from engine import sensitivity as engine
+from engine import sensitivity_report
 from engine.evaluate import evaluate
 from engine.prune_bench import make_bench
 from engine.sensitivity import Study
@@ -26,8 +26,7 @@ from pruning.layerwise import config_list, mask_alone, prunable_layers, tolerate
 from pruning.plan import make_plan
 from pruning.policy import PrunePolicy, Selector
 from pruning.spaces import KeepReason, find_spaces
-from tests.helpers import alive, random_blocks, small, with_module, write_dataset
-from utils import plots
+from tests.helpers import alive, random_blocks, small, with_module, without_pictures_and_timings, write_dataset
 from utils.errors import run_script
 from utils.flags import add_size, parser, typed
 from utils.heatmap import plot_sensitivity
@@ -110,9 +109,7 @@ def test_a_share_below_one_channel_excludes() -> None:
 @pytest.fixture(autouse=True)
 def neither_pictures_nor_timings_of_prunings(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are tested elsewhere, and take most of a script's time at this size."""
-    for name in (name for name in dir(plots) if name.startswith("plot_")):
-        monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(prune_bench, "latency_ms", lambda networks, *args: dict.fromkeys(networks, 1.0))
+    without_pictures_and_timings(monkeypatch)
 
 
 @pytest.fixture(scope="module")
