@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 import torch
 
-from models.blocks import Blocks, heads, is_classifier, resolutions
+from engine.opencv import ordered
+from models.blocks import Blocks, heads, is_classifier
 from models.network import Network, fuse
 from models.torchscript import Decoded
 from utils.errors import InputError
@@ -123,10 +124,6 @@ def run_opencv(cfg: bytes, weights: bytes, images: np.ndarray, blocks: Blocks) -
 
 def opencv_rows(outputs: Sequence[np.ndarray], blocks: Blocks, height: int, width: int) -> np.ndarray:
     """(1, N, 5 + nc) as `reported`: OpenCV's outputs, one (ny*nx*na, 5 + nc) per section, for an image of that size."""
-    sizes, levels = resolutions(blocks, height, width), {}
-    for index, rows in zip((i for i, b in enumerate(blocks) if b.kind == "yolo"), outputs):
-        (ny, nx), na = sizes[index], len(blocks[index].anchors)
-        levels[index] = rows.reshape(ny, nx, na, -1).transpose(2, 0, 1, 3).reshape(na * ny * nx, -1)
-    rows = np.concatenate([levels[i] for i in heads(blocks)])[None]
-    rows[..., :4] *= (width, height, width, height)
-    return rows
+    sections = [i for i, block in enumerate(blocks) if block.kind == "yolo"]
+    levels = {i: ordered(torch.from_numpy(rows.copy()), 1, len(blocks[i].anchors), height, width) for i, rows in zip(sections, outputs)}
+    return torch.cat([levels[i] for i in heads(blocks)], 1).numpy()

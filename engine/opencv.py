@@ -73,14 +73,19 @@ def _rows(rows: Tensor) -> int:
     return rows.shape[1]
 
 
-def decoded(rows: Tensor, batch: int, anchors: int, height: int, width: int) -> Tensor:
-    """One output of a `[yolo]` of so many `anchors`, for images of `height` x `width`, as `utils.decode.decode` would give it: (B, N, 5 + nc)."""
+def ordered(rows: Tensor, batch: int, anchors: int, height: int, width: int) -> Tensor:
+    """One output of a `[yolo]` of so many `anchors`, for images of `height` x `width`, in the order and the pixels of `utils.decode.decode`:
+    (B, N, 5 + nc), scores as OpenCV gives them."""
     no = rows.shape[-1]
     rows = rows.reshape(batch, -1, anchors, no).transpose(1, 2).reshape(batch, -1, no)
-    boxes = rows[..., :4] * rows.new_tensor([width, height, width, height])
+    return torch.cat([rows[..., :4] * rows.new_tensor([width, height, width, height]), rows[..., 4:]], -1)
+
+
+def decoded(rows: Tensor, batch: int, anchors: int, height: int, width: int) -> Tensor:
+    """The same with class scores that are still to be multiplied by the objectness, as `decode` gives them."""
+    rows = ordered(rows, batch, anchors, height, width)
     objectness = rows[..., 4:5]
-    classes = torch.where(objectness > 0, rows[..., 5:] / objectness, 0.0)
-    return torch.cat([boxes, objectness, classes], -1)
+    return torch.cat([rows[..., :5], torch.where(objectness > 0, rows[..., 5:] / objectness, 0.0)], -1)
 
 
 def open_onnx(path: Path, name: str, output: str) -> Compute:
