@@ -1,0 +1,73 @@
+"""Which parameters of a network the selectors of a recipe's `params` name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from engine.recipe.modifiers import ALL, ALL_PRUNABLE
+from utils.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from models.network import Network
+
+PATTERN = "re:"
+_SHOWN = 3  # misses that a message spells out
+
+
+def prunable(network: Network) -> list[str]:
+    """Names of every convolution weight in the network's order, the stem and the outputs of the head included."""
+    return [name for name, p in network.named_parameters() if name.endswith(".weight") and p.dim() == 4]
+
+
+def select(selectors: Sequence[str], network: Network, where: str, strict: bool = True) -> list[str]:
+    """Names of the parameters that any of `selectors` matches, in the network's order.
+
+    A selector is `__ALL_PRUNABLE__`, `__ALL__` (in any case), a parameter's exact name, or `re:PATTERN`, which must match from the start of the
+    name on (`re.match`). With `strict` each must match a parameter: `InputError` names `where` and the misses alone, with near names.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    chosen: set[str] = set()
+    misses = []
+    for selector in selectors:
+        found = _matches(selector, names, network, where)
+        chosen.update(found)
+        if not found:
+            misses.append(selector)
+    if strict and misses:
+        told = " and ".join(f"{_quoted(miss)}{_near(miss, names)}" for miss in misses[:_SHOWN])
+        more = f" (and {len(misses) - _SHOWN} more like this)" if len(misses) > _SHOWN else ""
+        raise InputError(f"{where}: params: no parameter of this model is matched by {told}{more}")
+    return [name for name in names if name in chosen]
+
+
+def _matches(selector: str, names: list[str], network: Network, where: str) -> list[str]:
+    if selector.upper() == ALL:
+        return names
+    if selector.upper() == ALL_PRUNABLE:
+        return prunable(network)
+    if selector.startswith(PATTERN):
+        try:
+            pattern = re.compile(selector[len(PATTERN) :])
+        except re.error as error:
+            raise InputError(f"{where}: params: {_quoted(selector)} is no regular expression ({error})") from None
+        return [name for name in names if pattern.match(name)]
+    return [selector] if selector in names else []
+
+
+def _quoted(selector: str) -> str:
+    return repr(selector).replace("\\\\", "\\")  # a pattern as it was written
+
+
+def _near(selector: str, names: list[str]) -> str:
+    """What was probably meant: parameters below a module of that name first, then names that look alike."""
+    if selector.startswith(PATTERN):
+        pattern = re.compile(selector[len(PATTERN) :])
+        within = [name for name in names if pattern.search(name)]
+        if within:
+            return f" (a pattern must match from the start of a name; re:.*{pattern.pattern} would match {len(within)}, as {within[0]})"
+        return did_you_mean(re.sub(r"\\(.)|[\^$*+?()\[\]{}|]", r"\1", pattern.pattern), names)
+    below = [name for name in names if name.startswith(selector.rstrip(".") + ".")]
+    below.sort(key=lambda name: not name.endswith("conv.weight"))
+    return f"; did you mean {', '.join(below[:3])}?" if below else did_you_mean(selector, names)
