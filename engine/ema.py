@@ -7,7 +7,7 @@ from math import exp
 
 import torch
 
-from models.network import Network
+from models.network import QUANTIZATION, Network
 
 
 class Ema:
@@ -19,11 +19,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, network: Network) -> None:
-        """Move one step towards `network`. Integer buffers are copied."""
+        """Move one step towards `network`. Integer buffers are copied, and so are the ranges of a quantisation, moving averages themselves."""
         self.updates += 1
         weight = 1 - self.decay * (1 - exp(-self.updates / self.tau))
         mine, theirs = self.network.state_dict(), network.state_dict()
-        floats = [k for k, v in mine.items() if v.is_floating_point()]
+        floats = [k for k, v in mine.items() if v.is_floating_point() and not k.startswith(QUANTIZATION)]
         torch._foreach_lerp_([mine[k] for k in floats], [theirs[k] for k in floats], weight)
         for key in mine.keys() - set(floats):
             mine[key].copy_(theirs[key])
+        if self.network.quantization is not None:
+            self.network.quantization.observed = network.quantization.observed

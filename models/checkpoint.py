@@ -10,10 +10,10 @@ A checkpoint of ours is a dict of tensors and plain values that `torch.load(weig
     epoch       last finished epoch, -1 once training is over
     best_fitness, hyp, options
     training    None once stripped; until then raw weights, optimizer and the state of the loop's seams
-    extensions  later features' data; unknown entries are refused
+    extensions  `quantization`: scheme and ranges of a quantised network; unknown entries are refused
 
 Stripped files hold convolution weights in half precision, like YOLOv5's; batch norms and biases stay float32 (they are few, and a
-running variance can leave half's range).
+running variance can leave half's range). So do the weights of a quantised network: half precision would move some of them to the next step of their grid.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ from models.foreign import DIALECTS, OURS, YOLOV5_PRUNE, ForeignCfg, dialect_of,
 from models.foreign_weights import cfg_beside, module_list, named_tensors, names_beside
 from models.metadata import exported_kind
 from models.network import Network, replace_anchors
+from models.quantization import Quantization, Ranges, quantize
 from models.yaml_reader import from_spec, read_yaml
 from utils.errors import InputError
 from utils.files import atomic, existing
 from utils.log import LOGGER
 
 FORMAT = "yolo-prune 1"
-EXTENSIONS: frozenset[str] = frozenset()
+EXTENSIONS = frozenset({"quantization"})
 _ENTRIES = frozenset({"cfg", "state", "names", "imgsz", "epoch", "best_fitness", "hyp", "options", "training", "extensions"})
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = (ROOT / "models", ROOT / "models" / "hub", ROOT / "cfg")
@@ -53,7 +54,8 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Model:
-    """What a checkpoint says: structure, tensors (float32), class names, and the state of training where it is not over."""
+    """What a checkpoint says: structure, tensors (float32), class names, the quantisation of a quantised one, and the state of training where it is
+    not over."""
 
     blocks: Blocks
     state: State
@@ -64,17 +66,20 @@ class Model:
     hyp: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
+    quantization: Ranges | None = None
 
     def network(self) -> Network:
-        """Build the network and load the tensors, strictly."""
+        """Build the network and load the tensors, strictly; a quantised one rounds as it was trained or calibrated to."""
         network = Network(self.blocks)
         network.load_state_dict(self.state)
+        if self.quantization is not None:
+            quantize(network, self.quantization.scheme, self.quantization.ranges)
         return network.eval()
 
 
 def save_model(path: Path, model: Model) -> None:
     """Write `model` atomically; stripped (half-precision convolutions) where `model.training` is None."""
-    half = model.training is None
+    half = model.training is None and model.quantization is None
     content = {
         "format": FORMAT,
         "cfg": write_cfg(model.blocks),
@@ -86,7 +91,7 @@ def save_model(path: Path, model: Model) -> None:
         "hyp": model.hyp,
         "options": model.options,
         "training": model.training,
-        "extensions": {},
+        "extensions": {} if model.quantization is None else {"quantization": model.quantization.to_plain()},
     }
     with atomic(path) as temporary, open(temporary, "wb") as file:
         _save(content, file)
@@ -105,7 +110,7 @@ def _save(content: dict[str, Any], file: BinaryIO) -> None:
 
 def stripped(model: Model) -> Model:
     """`model` without its state of training, with the values that its stripped file would give back."""
-    state = {k: _stored(v, half=True) for k, v in model.state.items()}
+    state = {k: _stored(v, half=model.quantization is None) for k, v in model.state.items()}
     return replace(model, state={k: v.float() if v.is_floating_point() else v for k, v in state.items()}, epoch=-1, training=None)
 
 
@@ -285,7 +290,20 @@ def _from_ours(path: Path, content: object) -> Model:
     state = {k: v.float() if v.is_floating_point() else v for k, v in content["state"].items()}
     check_fit(blocks, state, f"{path}: its structure and tensors disagree")
     fields = {k: content[k] for k in ("imgsz", "epoch", "best_fitness", "hyp", "options", "training")}
-    return Model(blocks, state, tuple(content["names"]), **fields)
+    return Model(blocks, state, tuple(content["names"]), **fields, quantization=_quantization(content["extensions"], blocks, path))
+
+
+def _quantization(extensions: Mapping[str, Any], blocks: Blocks, path: Path) -> Ranges | None:
+    if "quantization" not in extensions:
+        return None
+    try:
+        saved = Ranges.from_plain(extensions["quantization"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: its quantisation cannot be understood ({type(error).__name__}: {error})") from None
+    quantization = Quantization(blocks, saved.scheme)
+    if saved.ranges:
+        quantization.set_ranges(saved.ranges)
+    return saved
 
 
 # What of a pickled yaml shapes the network. Like YOLOv5 we pass over other keys; `check_fit` would tell if they mattered.

@@ -9,9 +9,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.blocks import OUTPUTS, Block, Blocks, check, consumers, flops, heads, image_multiple, parameters, strides
 from utils.decode import Level
+
+QUANTIZATION = "quantization."  # what the keys of a quantisation begin with
 
 _ACTIVATIONS: dict[str, Callable[[bool], nn.Module]] = {
     "linear": lambda inplace: nn.Identity(),
@@ -50,6 +53,8 @@ class Network(nn.Module):
     def __init__(self, blocks: Blocks) -> None:
         super().__init__()
         self.blocks = blocks
+        self.quantization: nn.Module | None = None  # see models/quantization.py
+        self._norms_frozen = False
         self.strides = strides(blocks)
         self.max_stride = image_multiple(blocks)  # a layer may be coarser than every head, as in yolov5-p34
         self.heads = heads(blocks)
@@ -93,6 +98,12 @@ class Network(nn.Module):
         return tuple(Level(torch.tensor(b.anchors), s, b.scale_x_y, b.exp) for b, s in zip(heads, self.strides))
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        if self.quantization is None:
+            return self._run(x)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has fewer digits than the grid has levels
+            return self._run(self.quantization.image(x.float()))
+
+    def _run(self, x: Tensor) -> list[Tensor]:
         live: dict[int, Tensor] = {0: x}
         maps: dict[int, Tensor] = {}
         for index, (block, op) in enumerate(zip(self.blocks, self._ops)):
@@ -108,9 +119,29 @@ class Network(nn.Module):
                 live[index] = y
         return [maps[i] for i in self.heads]
 
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict without what a quantisation adds to it."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(QUANTIZATION)}
+
+    def freeze_norms(self) -> None:
+        """From now on batch norms use their running statistics, in training mode too, and leave them as they are; gamma and beta still learn."""
+        self._norms_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Network:
+        super().train(mode)
+        if self._norms_frozen:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
     def __deepcopy__(self, memo: dict) -> Network:
         copy = type(self)(self.blocks).to(next(self.parameters()).device, memory_format=torch.channels_last)
-        copy.load_state_dict(self.state_dict())
+        copy.load_state_dict(self.weights())
+        copy._norms_frozen = self._norms_frozen
+        if self.quantization is not None:
+            self.quantization.attach(copy)
         copy.train(self.training)
         return copy
 
@@ -244,7 +275,10 @@ def fuse(network: Network) -> Network:
     wanted = fused.state_dict().keys()
     state |= {k: v for k, v in source.items() if k in wanted and k not in state}
     fused.load_state_dict(state)
-    return fused.to(next(network.parameters()).device).eval().requires_grad_(False)
+    fused.to(next(network.parameters()).device)
+    if network.quantization is not None:
+        network.quantization.attach(fused)
+    return fused.eval().requires_grad_(False)
 
 
 def _folded(state: dict[str, Tensor], block: Block) -> tuple[Tensor, Tensor]:
