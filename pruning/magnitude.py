@@ -45,7 +45,7 @@ class MaskType:
     """The shape in which weights are masked.
 
     `keep` of each `out of` consecutive input channels stay at every tap of the kernel ("N:M") where `of` is not 0; otherwise blocks of `rows` output
-    by `columns` input channels at one tap go together, 1 by 1 being unstructured. -1 rows or columns: all that the weight has.
+    by `columns` input channels at one tap go together, 1 by 1 being unstructured.
 
     >>> MaskType.parse("2:4").densest, MaskType.parse("block4") == MaskType.parse("1,4")
     (0.5, True)
@@ -66,9 +66,9 @@ class MaskType:
             keep, of = int(match[1]), int(match[2])
             if 0 < keep < of:
                 return cls(keep=keep, of=of)
-        elif match := re.fullmatch(r"[\[(]?\s*(-?\d+)\s*,\s*(-?\d+)\s*[\])]?", plain):
+        elif match := re.fullmatch(r"[\[(]?\s*(\d+)\s*,\s*(\d+)\s*[\])]?", plain):
             rows, columns = int(match[1]), int(match[2])
-            if all(side > 0 or side == -1 for side in (rows, columns)):
+            if rows and columns:
                 return cls(rows, columns)
         raise ValueError(f"mask_type {text!r} is none that masks can have: {MASK_TYPES}")
 
@@ -93,7 +93,7 @@ class MaskType:
         if len(shape) < 2:
             return "it has no input channels"
         for channels, side, what in ((shape[0], self.rows, "output"), (shape[1], self.of or self.columns, "input")):
-            if side > 0 and channels % side:
+            if channels % side:
                 return f"{channels} {what} channel{'s' if channels > 1 else ''}, no multiple of {side}"
         return None
 
@@ -151,8 +151,7 @@ def _scores(weight: Tensor, previous: Tensor | None, kind: MaskType) -> tuple[Te
 
 def _tiles(values: Tensor, kind: MaskType) -> Tensor:
     """(O, I, ...) -> (O / rows, rows, I / columns, columns, taps)."""
-    rows, columns = (size if side == -1 else side for side, size in ((kind.rows, values.shape[0]), (kind.columns, values.shape[1])))
-    return values.reshape(values.shape[0] // rows, rows, values.shape[1] // columns, columns, -1)
+    return values.reshape(values.shape[0] // kind.rows, kind.rows, values.shape[1] // kind.columns, kind.columns, -1)
 
 
 def _among_smallest(values: Tensor, kind: MaskType) -> Tensor:
@@ -187,7 +186,7 @@ def _whole(chosen: Tensor, shape: torch.Size, weight: Tensor, previous: Mapping[
     """The mask of a weight, laid out in memory as the weight is, from what was chosen of its scores (n,)."""
     chosen = chosen.view(shape)
     if shape != weight.shape:  # blocks
-        up = (weight.shape[0] // shape[0], weight.shape[1] // shape[1])
-        chosen = chosen.repeat_interleave(up[0], 0).repeat_interleave(up[1], 1).view(weight.shape)
+        rows, columns = (whole // blocks for whole, blocks in zip(weight.shape, shape[:2]))
+        chosen = chosen.repeat_interleave(rows, 0).repeat_interleave(columns, 1).view(weight.shape)
     mask = torch.empty_like(weight, dtype=torch.bool).copy_(chosen)
     return mask.logical_or_(previous[name]) if previous and name in previous else mask

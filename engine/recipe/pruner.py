@@ -1,0 +1,315 @@
+"""A recipe's pruning modifiers acting on a training: masks that grow by a ramp, and stay.
+
+`MagnitudePruner` is a `ParamMask` of the loop with state. It holds a mask (True: held at zero) for every parameter that a started modifier claims:
+
+- `update` before every batch lets modifiers start, re-mask and end by the recipe's clock, and zeroes newly masked weights at once;
+- `mask_gradients` before clipping, so that masked weights do not count in the gradient's norm;
+- `apply` after every optimizer step, and on the EMA after its update: an average forgets zeros (0.9999^n), a mask does not.
+
+Where two modifiers claim a parameter at one time, the later start has it, as long as it runs. Masks follow from the weights alone, which are equal in
+all processes of a run, so the masks are too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.recipe.modifiers import ConstantPruningModifier, GMPruningModifier, Modifier
+from engine.recipe.selectors import select
+from models.network import Network
+from pruning.magnitude import CUBIC, Masks, MaskType, magnitude_masks, misfits, sparsity_at
+from utils.errors import InputError
+from utils.log import LOGGER
+
+EPSILON = 1e-6  # epochs: less than any batch, more than what adding up fractions of one rounds
+
+
+class Claim:
+    """One modifier at work: the parameters that it claims, where its ramp leads each, and how far it is.
+
+    `finals`: name -> final sparsity, None of zeros that are only kept. `inits`: name -> sparsity at the start, known once it has started.
+    """
+
+    def __init__(self, modifier: Modifier, network: Network) -> None:
+        self.modifier, self.start, self.end = modifier, modifier.start, modifier.end
+        self.label = f"{modifier.where}: {modifier.tag}" if modifier.where else modifier.tag
+        self.kind, self.pooled = MaskType(), False
+        self.finals: dict[str, float | None] = {}
+        self.inits: dict[str, float] = {}
+        self.frequency = 1.0
+        self.left: dict[str, str] = {}  # name -> why it stays dense
+        if isinstance(modifier, GMPruningModifier):
+            self._read(modifier, network)
+        elif isinstance(modifier, ConstantPruningModifier):
+            self.finals = dict.fromkeys(select(modifier.params, network, self.label))
+        self.started, self.ended, self.last = False, False, -math.inf
+
+    def _read(self, modifier: GMPruningModifier, network: Network) -> None:
+        if not self.start < self.end < math.inf:
+            raise InputError(f"{self.label}: end_epoch {modifier.end_epoch:g} must come after start_epoch {modifier.start_epoch:g}")
+        self.kind, self.pooled, self.frequency = _mask_type(modifier, self.label), modifier.global_sparsity, modifier.update_frequency
+        for final, selectors in modifier.targets or ((modifier.final_sparsity, modifier.params),):
+            for name in select(selectors, network, self.label):
+                if name in self.finals:
+                    raise InputError(f"{self.label}: final_sparsity: {name} has two targets, {self.finals[name]:g} and {final:g}; give one")
+                self.finals[name] = _final(final, self.kind, self.label)
+        if self.pooled and len(set(self.finals.values())) > 1:
+            raise InputError(f"{self.label}: one ranking over all layers has one final_sparsity; use GMPruningModifier for several")
+        weights = {name: network.get_parameter(name) for name in self.finals}
+        self.left = misfits(weights, self.kind)
+        self.finals = {name: final for name, final in self.finals.items() if name not in self.left}
+        if not self.finals:
+            raise InputError(f"{self.label}: mask_type {self.kind}: fits none of its {len(weights)} parameters: {_listed(self.left)}")
+
+    @property
+    def ramps(self) -> bool:
+        return isinstance(self.modifier, GMPruningModifier)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the masks of its parameters stand: from its start to its end, or for good."""
+        leaves = isinstance(self.modifier, GMPruningModifier) and self.modifier.leave_enabled
+        return self.started and (leaves or not self.ended)
+
+    def due(self, clock: float, last: bool) -> bool:
+        """Whether it acts before the batch at `clock`: at its start, at every update, and at its end or the run's `last` batch."""
+        if self.ended or clock < self.start - EPSILON:
+            return False
+        return not self.started or last or self.over(clock) or self.frequency < 0 or clock >= self.last + self.frequency - EPSILON
+
+    def over(self, clock: float) -> bool:
+        return clock >= self.end - EPSILON
+
+    def yields(self, other: Claim, clock: float) -> bool:
+        """Whether `other` has the parameters that both claim, at this act of ours: it started later and still runs."""
+        if other.start <= self.start:
+            return False
+        if self.over(clock):
+            return other.start < self.end - EPSILON and other.end >= self.end - EPSILON
+        return other.start <= clock + EPSILON and clock < other.end - EPSILON
+
+    def sparsity(self, name: str, clock: float, last: bool) -> float:
+        """What `name` is to have at `clock`."""
+        when, kind = math.inf if last or self.over(clock) else clock, getattr(self.modifier, "inter_func", CUBIC)
+        init = self.inits[name]
+        return max(init, sparsity_at(when, self.start, self.end, init, self.finals[name], kind))
+
+    @property
+    def says(self) -> str:
+        """The modifier in words of its own, without the place where it stood: what a resumed run must find again."""
+        return repr(replace(self.modifier, where=""))
+
+    def describe(self) -> str:
+        """One line for the log."""
+        head = f"{self.label}: {len(self.finals)} tensors, epochs {self.start:g} to {'the end' if self.end == math.inf else format(self.end, 'g')}"
+        modifier = self.modifier
+        if not isinstance(modifier, GMPruningModifier):
+            return f"{head}: zeros stay zero"
+        finals = ", ".join(f"{final:.1%}" for final in sorted(set(self.finals.values())))
+        init = "what each has" if modifier.init_sparsity is None else f"{modifier.init_sparsity:.1%}"
+        ranking = "in one ranking" if self.pooled else "layer by layer"
+        return f"{head}: zeros from {init} to {finals}, {modifier.inter_func}, {self.kind}, {ranking}"
+
+
+class MagnitudePruner:
+    """The pruning modifiers of a recipe on `network`, the trained one (its EMA, of the same names, only takes the masks).
+
+    `epochs` and `batches` (per epoch): the run's length. Raises `InputError` for selectors that match nothing, targets that contradict each other and
+    masks that fit no layer, before anything is touched.
+    """
+
+    def __init__(self, modifiers: Sequence[Modifier], network: Network, epochs: int, batches: int) -> None:
+        self.network, self.epochs, self.batches = network, epochs, batches
+        claims = [Claim(modifier, network) for modifier in modifiers]
+        self.claims = sorted(claims, key=lambda c: (c.end, c.start))  # where one ends as another starts, the end comes first
+        self.masks: Masks = {}
+        self.clock = 0.0
+        _check_conflicts(claims)
+        _tell(claims, epochs)
+
+    @property
+    def names(self) -> list[str]:
+        """Every parameter that some modifier claims, in the network's order."""
+        claimed = {name for claim in self.claims for name in claim.finals}
+        return [name for name, _ in self.network.named_parameters() if name in claimed]
+
+    @property
+    def active(self) -> bool:
+        """Whether any weight is held at zero now."""
+        return bool(self.masks)
+
+    @property
+    def phase_end(self) -> int:
+        """The epoch from which on the network is as sparse as it will be: the largest rounded-up end of a ramp; 0 without one."""
+        return max((min(math.ceil(c.end), self.epochs) for c in self.claims if c.ramps and c.start < self.epochs), default=0)
+
+    @property
+    def target(self) -> float:
+        """The sparsity that the ramps asked for at their last update, over all weights of the ramps that started; 0 without one."""
+        asked: dict[str, float] = {}
+        for claim in (c for c in self.claims if c.ramps):
+            for name in claim.finals:
+                if claim.holds:
+                    asked[name] = max(claim.sparsity(name, claim.last, claim.ended), asked.get(name, 0.0))
+        sizes = {name: self.network.get_parameter(name).numel() for name in asked}
+        return sum(asked[name] * size for name, size in sizes.items()) / max(sum(sizes.values()), 1)
+
+    @torch.no_grad()
+    def update(self, clock: float, last: bool = False) -> bool:
+        """Bring the masks to `clock` (batches done / batches per epoch) and zero what they newly hold; return whether they may have changed.
+
+        Call it before every batch; `last`: the run's last one, at which a ramp that has not ended reaches its final sparsity. Where it returns
+        True the EMA wants `apply` too: no optimizer step may follow, with accumulation.
+        """
+        self.clock = clock
+        acting = [claim for claim in self.claims if claim.due(clock, last)]
+        for claim in acting:
+            self._act(claim, clock, last)
+        if acting:
+            self.apply(self.network)
+        return bool(acting)
+
+    def _act(self, claim: Claim, clock: float, last: bool) -> None:
+        rivals = [c for c in self.claims if c is not claim and claim.yields(c, clock)]
+        names = [name for name in claim.finals if not any(name in rival.finals for rival in rivals)]
+        weights = {name: self.network.get_parameter(name) for name in names}
+        first = not claim.started
+        if first:
+            self._start(claim)
+        if first or not claim.ramps:  # zeros that are there stay: a sparser network does not become denser
+            self._hold({name: weight == 0 for name, weight in weights.items()})
+        if claim.ramps and names:
+            self._prune(claim, weights, clock, last)
+        claim.last = clock
+        if claim.over(clock) or (last and claim.ramps):
+            claim.ended = True
+            if claim.over(clock) and not claim.holds:
+                self._release(claim, names)
+
+    def _start(self, claim: Claim) -> None:
+        claim.started = True
+        if not claim.ramps:
+            return
+        init = claim.modifier.init_sparsity
+        if init is not None:
+            claim.inits = dict.fromkeys(claim.finals, init)
+            return
+        zeros = {name: int((self.network.get_parameter(name) == 0).sum()) for name in claim.finals}
+        sizes = {name: self.network.get_parameter(name).numel() for name in claim.finals}
+        claim.inits = {name: zeros[name] / sizes[name] for name in claim.finals}
+        if claim.pooled:
+            claim.inits = dict.fromkeys(claim.finals, sum(zeros.values()) / sum(sizes.values()))
+
+    def _prune(self, claim: Claim, weights: Mapping[str, Tensor], clock: float, last: bool) -> None:
+        wanted = {name: claim.sparsity(name, clock, last) for name in weights}
+        sparsity = next(iter(wanted.values())) if claim.pooled else wanted
+        previous = {name: self.masks[name] for name in weights if name in self.masks}
+        self.masks |= magnitude_masks(weights, sparsity, claim.kind, claim.pooled, previous)
+
+    def _hold(self, zeros: Mapping[str, Tensor]) -> None:
+        self.masks |= {name: zero | self.masks[name] if name in self.masks else zero for name, zero in zeros.items()}
+
+    def _release(self, claim: Claim, names: Sequence[str]) -> None:
+        """Let go the masks that nobody else holds: their zeros may grow again."""
+        kept = {name for other in self.claims if other is not claim and other.holds for name in other.finals}
+        for name in names:
+            if name not in kept:
+                self.masks.pop(name, None)
+
+    @torch.no_grad()
+    def apply(self, network: Network) -> None:
+        """Zero the masked weights of `network`, the trained one or any of the same names."""
+        for name, mask in self.masks.items():
+            network.get_parameter(name).masked_fill_(mask, 0.0)
+
+    @torch.no_grad()
+    def mask_gradients(self, network: Network) -> None:
+        """Zero the gradients of masked weights."""
+        for name, mask in self.masks.items():
+            gradient = network.get_parameter(name).grad
+            if gradient is not None:
+                gradient.masked_fill_(mask, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks as bits (uint8, eight weights each, in the order of indices), and how far each modifier is."""
+        return {
+            "masks": {name: _packed(mask) for name, mask in self.masks.items()},
+            "claims": [
+                {"says": c.says, "started": c.started, "ended": c.ended, "last": c.last, "inits": dict(c.inits)} for c in self.claims
+            ],
+            "clock": self.clock,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; raise `InputError` where the recipe is another."""
+        if [saved["says"] for saved in state["claims"]] != [claim.says for claim in self.claims]:
+            raise InputError("--resume: the run was made with other pruning modifiers; use the recipe that it was started with")
+        for claim, saved in zip(self.claims, state["claims"]):
+            claim.started, claim.ended, claim.last = saved["started"], saved["ended"], saved["last"]
+            claim.inits = dict(saved["inits"])
+        self.clock = state["clock"]
+        self.masks = {name: _unpacked(bits, self.network.get_parameter(name)) for name, bits in state["masks"].items()}
+
+
+def _mask_type(modifier: GMPruningModifier, label: str) -> MaskType:
+    try:
+        return MaskType.parse(modifier.mask_type)
+    except ValueError as error:
+        raise InputError(f"{label}: {error}") from None
+
+
+def _final(final: float | None, kind: MaskType, label: str) -> float:
+    """The final sparsity as `kind` can have it: of N:M exactly 1 - N/M."""
+    if final is None:
+        raise InputError(f"{label}: final_sparsity is missing; give a number between 0 and 1")
+    if not kind.of:
+        return final
+    if abs(final - kind.densest) > 0.01:
+        raise InputError(f"{label}: mask_type {kind} is a sparsity of {kind.densest:g}, and final_sparsity is {final:g}; make them equal")
+    return kind.densest
+
+
+def _check_conflicts(claims: Sequence[Claim]) -> None:
+    for i, one in enumerate(claims):
+        for other in claims[:i]:
+            common = [name for name in one.finals if name in other.finals]
+            if common and one.start == other.start:
+                raise InputError(
+                    f"{one.label}: starts at epoch {one.start:g} on {len(common)} parameters, {common[0]} first, as {other.label} does; "
+                    "leave them to one of the two, or let one start later"
+                )
+
+
+def _tell(claims: Sequence[Claim], epochs: int) -> None:
+    for claim in claims:
+        LOGGER.info(claim.describe())
+        if claim.left:
+            LOGGER.warning(f"{claim.label}: mask_type {claim.kind} leaves dense: {_listed(claim.left)}")
+        if claim.start >= epochs:
+            LOGGER.warning(f"{claim.label}: never starts: its start_epoch {claim.start:g} is not before the run's end ({epochs} epochs)")
+        elif claim.ramps and claim.end > epochs:
+            LOGGER.warning(
+                f"{claim.label}: its ramp ends at epoch {claim.end:g}, after the run ({epochs} epochs); the last batch takes the rest of the way "
+                "at once. A recipe with an EpochRangeModifier sets the run's length by itself"
+            )
+
+
+def _listed(reasons: Mapping[str, str], most: int = 8) -> str:
+    more = f" and {len(reasons) - most} more" if len(reasons) > most else ""
+    return ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:most]) + more
+
+
+def _packed(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().contiguous().view(-1).numpy()))
+
+
+def _unpacked(bits: Tensor, weight: Tensor) -> Tensor:
+    flat = np.unpackbits(bits.cpu().numpy(), count=weight.numel()).astype(bool)
+    return torch.empty_like(weight, dtype=torch.bool).copy_(torch.from_numpy(flat).view(weight.shape))
