@@ -18,13 +18,15 @@ from models.metadata import Metadata
 from models.network import Network, fuse
 from models.onnx_graph import OPSET, Axes, Graph
 from models.onnx_head import probabilities, suppressed, write_level
+from models.onnx_qdq import NoRounding, Rounding
+from models.quantization import FORMS
 
 INPUT, OUTPUT, PREDICTIONS = "images", "output", "predictions"
 State = dict[str, Tensor]
 
 
-def onnx_model(network: Network, metadata: Metadata, opset: int = OPSET, both: bool = False) -> bytes:
-    """The serialized model of `network`, its batch norms folded into its convolutions.
+def onnx_model(network: Network, metadata: Metadata, opset: int = OPSET, both: bool = False, form: str = "onnxruntime") -> bytes:
+    """The serialized model of `network`, its batch norms folded into its convolutions; a quantised one with int8 weights, in the `form` of a runtime.
 
     `metadata` says what is fixed: (batch, channels, *imgsz), or with `dynamic` nothing but the channels; `imgsz` are multiples of the
     largest stride. `both`: with `nms` there is a second output, the `predictions` that were suppressed. Raise `InputError` where onnx is
@@ -32,14 +34,21 @@ def onnx_model(network: Network, metadata: Metadata, opset: int = OPSET, both: b
     """
     graph = Graph(opset)
     fused = fuse(network).cpu()
-    blocks, state = fused.blocks, fused.state_dict()
-    values = {0: INPUT}
+    blocks, state = fused.blocks, {k: v.detach().float() for k, v in fused.weights().items()}
+    rounding = Rounding(graph, blocks, fused.quantization, FORMS[form]) if fused.quantization is not None else NoRounding()
+    quantized = fused.quantization.plan.convolutions if fused.quantization is not None else frozenset()
+    values = {0: rounding.image(INPUT)}
     needed = _needed(blocks, fused.heads)
     for index, block in enumerate(blocks):
         if block.kind == "input" or index not in needed:
             continue
         x = [values[i] for i in block.inputs]
-        values[index] = x[0] if block.kind in OUTPUTS else _activated(graph, block, _WRITERS[block.kind](graph, block, x, state))
+        if block.kind in OUTPUTS:
+            values[index] = x[0]
+            continue
+        tensors = rounding.convolution(index, block, *_weights(block, state)) if index in quantized else None
+        y = _write_conv(graph, block, x, state, tensors) if tensors else _WRITERS[block.kind](graph, block, x, state)
+        values[index] = rounding.output(index, _activated(graph, block, y, index, rounding))
     maps = [values[i] for i in fused.heads]
     batch, height, width = ("batch", "height", "width") if metadata.dynamic else (metadata.batch, *metadata.imgsz)
     _write_head(graph, fused, maps, metadata)
@@ -86,12 +95,14 @@ def _output_axes(network: Network, metadata: Metadata, batch: int | str) -> Axes
 # ---- activations ---------------------------------------------------------------------------------------------------------------
 
 
-def _activated(graph: Graph, block: Block, x: str) -> str:
-    return x if block.activation == "linear" else _ACTIVATIONS[block.activation](graph, x, block.name)
-
-
-def _silu(graph: Graph, x: str, name: str) -> str:
-    return graph.node("Mul", x, graph.node("Sigmoid", x, name=f"{name}.sigmoid"), name=f"{name}.silu")
+def _activated(graph: Graph, block: Block, x: str, index: int, rounding: Rounding | NoRounding) -> str:
+    if block.activation == "linear":
+        return x
+    x = rounding.inner(index, x)
+    if block.activation == "silu":
+        gate = rounding.gate(index, graph.node("Sigmoid", x, name=f"{block.name}.sigmoid"))
+        return graph.node("Mul", x, gate, name=f"{block.name}.silu")
+    return _ACTIVATIONS[block.activation](graph, x, block.name)
 
 
 def _hardswish(graph: Graph, x: str, name: str) -> str:
@@ -105,7 +116,6 @@ def _mish(graph: Graph, x: str, name: str) -> str:
 
 
 _ACTIVATIONS: dict[str, Callable[[Graph, str, str], str]] = {
-    "silu": _silu,
     "leaky": lambda graph, x, name: graph.node("LeakyRelu", x, alpha=0.1, name=f"{name}.leaky"),
     "hardswish": _hardswish,
     "relu": lambda graph, x, name: graph.node("Relu", x, name=f"{name}.relu"),
@@ -118,12 +128,18 @@ _ACTIVATIONS: dict[str, Callable[[Graph, str, str], str]] = {
 
 
 def _array(state: State, key: str) -> np.ndarray:
-    return state[key].detach().float().numpy()
+    return state[key].numpy()
 
 
-def _write_conv(graph: Graph, block: Block, x: list[str], state: State) -> str:
-    keys = [f"{block.name}.weight"] + [f"{block.name}.bias"] * block.bias
-    tensors = [graph.tensor(_array(state, key), key) for key in keys]
+def _weights(block: Block, state: State) -> tuple[Tensor, Tensor | None]:
+    return state[f"{block.name}.weight"], state[f"{block.name}.bias"] if block.bias else None
+
+
+def _write_conv(graph: Graph, block: Block, x: list[str], state: State, tensors: list[str] | None = None) -> str:
+    """`tensors`: what stands for its weights and bias, where they are not written as they are."""
+    if tensors is None:
+        keys = [f"{block.name}.weight"] + [f"{block.name}.bias"] * block.bias
+        tensors = [graph.tensor(_array(state, key), key) for key in keys]
     form = {"kernel_shape": [block.size] * 2, "strides": [block.stride] * 2, "pads": [block.padding] * 4, "group": block.groups}
     return graph.node("Conv", x[0], *tensors, name=block.name, **form)
 
