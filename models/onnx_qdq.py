@@ -56,7 +56,9 @@ class Rounding:
         """Integers with a scale per output channel."""
         graph = self.graph
         zeros = graph.constant(np.zeros(len(scales)), values.dtype)
-        return graph.node("DequantizeLinear", graph.tensor(values, name), graph.tensor(scales, f"{name}.scale"), zeros, axis=0, name=f"{name}.rounded")
+        return graph.node(
+            "DequantizeLinear", graph.tensor(values, name), graph.tensor(scales, f"{name}.scale"), zeros, axis=0, name=f"{name}.rounded"
+        )
 
     def image(self, x: str) -> str:
         """The network's input."""
