@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.recipe.modifiers import ConstantPruningModifier, GMPruningModifier, Modifier
 from engine.recipe.selectors import select
 from models.network import Network
-from pruning.magnitude import CUBIC, Masks, MaskType, magnitude_masks, misfits, sparsity_at
+from pruning.magnitude import Masks, MaskType, magnitude_masks, misfits, sparsity_at
 from utils.errors import InputError
 from utils.log import LOGGER
 
@@ -95,11 +95,10 @@ class Claim:
             return other.start < self.end - EPSILON and other.end >= self.end - EPSILON
         return other.start <= clock + EPSILON and clock < other.end - EPSILON
 
-    def sparsity(self, name: str, clock: float, last: bool) -> float:
+    def sparsity(self, name: str, clock: float) -> float:
         """What `name` is to have at `clock`."""
-        when, kind = math.inf if last or self.over(clock) else clock, getattr(self.modifier, "inter_func", CUBIC)
-        init = self.inits[name]
-        return max(init, sparsity_at(when, self.start, self.end, init, self.finals[name], kind))
+        when, init = math.inf if self.over(clock) else clock, self.inits[name]
+        return max(init, sparsity_at(when, self.start, self.end, init, self.finals[name], self.modifier.inter_func))
 
     @property
     def says(self) -> str:
@@ -130,6 +129,7 @@ class MagnitudePruner:
         claims = [Claim(modifier, network) for modifier in modifiers]
         self.claims = sorted(claims, key=lambda c: (c.end, c.start))  # where one ends as another starts, the end comes first
         self.masks: Masks = {}
+        self._kept: Masks = {}  # the opposite of each
         self.clock = 0.0
         _check_conflicts(claims)
         _tell(claims, epochs)
@@ -157,7 +157,7 @@ class MagnitudePruner:
         for claim in (c for c in self.claims if c.ramps):
             for name in claim.finals:
                 if claim.holds:
-                    asked[name] = max(claim.sparsity(name, claim.last, claim.ended), asked.get(name, 0.0))
+                    asked[name] = max(claim.sparsity(name, claim.last), asked.get(name, 0.0))
         sizes = {name: self.network.get_parameter(name).numel() for name in asked}
         return sum(asked[name] * size for name, size in sizes.items()) / max(sum(sizes.values()), 1)
 
@@ -173,6 +173,7 @@ class MagnitudePruner:
         for claim in acting:
             self._act(claim, clock, last)
         if acting:
+            self._kept = {name: ~mask for name, mask in self.masks.items()}
             self.apply(self.network)
         return bool(acting)
 
@@ -186,12 +187,11 @@ class MagnitudePruner:
         if first or not claim.ramps:  # zeros that are there stay: a sparser network does not become denser
             self._hold({name: weight == 0 for name, weight in weights.items()})
         if claim.ramps and names:
-            self._prune(claim, weights, clock, last)
-        claim.last = clock
-        if claim.over(clock) or (last and claim.ramps):
-            claim.ended = True
-            if claim.over(clock) and not claim.holds:
-                self._release(claim, names)
+            self._prune(claim, weights, math.inf if last else clock)
+        claim.last = math.inf if last else clock
+        claim.ended = claim.over(clock)
+        if not claim.holds:
+            self._release(claim, weights)
 
     def _start(self, claim: Claim) -> None:
         claim.started = True
@@ -207,8 +207,8 @@ class MagnitudePruner:
         if claim.pooled:
             claim.inits = dict.fromkeys(claim.finals, sum(zeros.values()) / sum(sizes.values()))
 
-    def _prune(self, claim: Claim, weights: Mapping[str, Tensor], clock: float, last: bool) -> None:
-        wanted = {name: claim.sparsity(name, clock, last) for name in weights}
+    def _prune(self, claim: Claim, weights: Mapping[str, Tensor], clock: float) -> None:
+        wanted = {name: claim.sparsity(name, clock) for name in weights}
         sparsity = next(iter(wanted.values())) if claim.pooled else wanted
         previous = {name: self.masks[name] for name in weights if name in self.masks}
         self.masks |= magnitude_masks(weights, sparsity, claim.kind, claim.pooled, previous)
@@ -216,26 +216,26 @@ class MagnitudePruner:
     def _hold(self, zeros: Mapping[str, Tensor]) -> None:
         self.masks |= {name: zero | self.masks[name] if name in self.masks else zero for name, zero in zeros.items()}
 
-    def _release(self, claim: Claim, names: Sequence[str]) -> None:
-        """Let go the masks that nobody else holds: their zeros may grow again."""
+    def _release(self, claim: Claim, weights: Mapping[str, Tensor]) -> None:
+        """Let go the masks that nobody else holds: zeros now, which may grow again."""
         kept = {name for other in self.claims if other is not claim and other.holds for name in other.finals}
-        for name in names:
-            if name not in kept:
-                self.masks.pop(name, None)
+        for name in (weights.keys() - kept) & self.masks.keys():
+            weights[name].masked_fill_(self.masks.pop(name), 0.0)
 
     @torch.no_grad()
     def apply(self, network: Network) -> None:
         """Zero the masked weights of `network`, the trained one or any of the same names."""
-        for name, mask in self.masks.items():
-            network.get_parameter(name).masked_fill_(mask, 0.0)
+        if self._kept:  # multiplied, which on a CPU is several times faster than `masked_fill_`; adding zero makes each -0.0 a 0.0
+            weights = [network.get_parameter(name) for name in self._kept]
+            torch._foreach_mul_(weights, list(self._kept.values()))
+            torch._foreach_add_(weights, 0.0)
 
     @torch.no_grad()
     def mask_gradients(self, network: Network) -> None:
         """Zero the gradients of masked weights."""
-        for name, mask in self.masks.items():
-            gradient = network.get_parameter(name).grad
-            if gradient is not None:
-                gradient.masked_fill_(mask, 0.0)
+        pairs = [(gradient, kept) for name, kept in self._kept.items() if (gradient := network.get_parameter(name).grad) is not None]
+        if pairs:
+            torch._foreach_mul_(*(list(side) for side in zip(*pairs)))
 
     def state_dict(self) -> dict[str, Any]:
         """Masks as bits (uint8, eight weights each, in the order of indices), and how far each modifier is."""
@@ -256,6 +256,7 @@ class MagnitudePruner:
             claim.inits = dict(saved["inits"])
         self.clock = state["clock"]
         self.masks = {name: _unpacked(bits, self.network.get_parameter(name)) for name, bits in state["masks"].items()}
+        self._kept = {name: ~mask for name, mask in self.masks.items()}
 
 
 def _mask_type(modifier: GMPruningModifier, label: str) -> MaskType:
