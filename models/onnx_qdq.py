@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.blocks import Block, Blocks
 from models.onnx_graph import Graph
-from models.quantization import GATE, Form, Quantization, grid, weight_scales
+from models.quantization import Form, Quantization, gate_grid, weight_scales
 from utils.errors import InputError
 
 LEAST_OPSET = 13  # scales per channel
@@ -79,8 +79,7 @@ class Rounding:
         """The sigmoid of a SiLU."""
         if self.q.plan.inner[index] is None or not self.form.inner:
             return x
-        scale, zero = grid(*self.q.low.new_tensor(GATE).unbind(), self.q.scheme.symmetric)
-        return self._pair(x, float(scale), int(zero), f"{self.blocks[index].name}.gate")
+        return self._pair(x, *gate_grid(self.q.scheme.symmetric), f"{self.blocks[index].name}.gate")
 
     def _rounded(self, x: str, point: int | None, name: str) -> str:
         if point is None:

@@ -15,6 +15,7 @@ Straight-through gradients are those of `torch.fake_quantize_*`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,7 +29,6 @@ from utils.errors import InputError, did_you_mean
 
 WEIGHT_LEVELS = 127
 AVERAGING = 0.01  # share of a batch in the moving averages
-GATE = (0.0, 1.0)  # the range of a sigmoid
 TINY = 1e-8
 _MOVES = frozenset(
     {"route", "upsample", "maxpool", "zeropad", "focus"}
@@ -131,8 +131,9 @@ def quant_plan(blocks: Blocks, scheme: QuantScheme) -> QuantPlan:
 def _convolutions(blocks: Blocks, scheme: QuantScheme) -> frozenset[int]:
     paths = {i: path_of(b, i) for i, b in enumerate(blocks) if b.kind == "convolutional"}
     known = {".".join(parts[:n]) for path in paths.values() for parts in [path.split(".")] for n in range(1, len(parts) + 1)}
-    for entry in (*scheme.modules, *scheme.ignore):
-        if entry not in known:
+    layers = max((int(path.split(".")[1]) for path in paths.values() if re.match(r"model\.\d+(\.|$)", path)), default=-1)
+    for entry in (*scheme.modules, *scheme.ignore):  # a layer without convolutions, an upsample say, is often listed with the others
+        if entry not in known and entry not in {f"model.{i}" for i in range(layers)}:
             raise InputError(f"quantisation of {entry}: the model has no convolution under that path{did_you_mean(entry, known)}")
     inside = {i for i, path in paths.items() if not scheme.modules or any(_under(path, m) for m in scheme.modules)}
     found = frozenset(i for i in inside if not any(_under(paths[i], m) for m in scheme.ignore))
@@ -175,6 +176,11 @@ def grid(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     scale = ((high - low) / 255).clamp(min=TINY)
     return scale, (-low / scale).round().clamp(0, 255).to(torch.int32)
+
+
+def gate_grid(symmetric: bool) -> tuple[float, int]:
+    """Scale and zero point of a sigmoid, between 0 and 1 whatever the data."""
+    return 1 / (127 if symmetric else 255), 0
 
 
 @dataclass(frozen=True)
@@ -257,8 +263,7 @@ class Quantization(nn.Module):
         y = self.rounded(point, y, self.plan.points[point][0])
         if not isinstance(act, nn.SiLU) or not self._acts:
             return act(y)
-        scale, zero = grid(*y.new_tensor(GATE).unbind(), self.scheme.symmetric)
-        return y * self._fake(y.sigmoid(), scale, zero)
+        return y * self._fake(y.sigmoid(), *gate_grid(self.scheme.symmetric))
 
     def _rounded(self, index: int, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if index not in self.plan.sources:  # it moves what is rounded already
@@ -306,13 +311,13 @@ class Quantization(nn.Module):
         zeros = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -levels, levels)
 
-    def _fake(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    def _fake(self, x: Tensor, scale: Tensor | float, zero: Tensor | int) -> Tensor:
         least, most = (-128, 127) if self.scheme.symmetric else (0, 255)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero, least, most)
 
     @torch.no_grad()
     def _observe(self, member: int, x: Tensor) -> None:
-        low, high = torch.aminmax(x)
+        low, high = torch.aminmax(x.movedim(1, -1))  # of channels last a view without gaps, which is read as it lies
         low = low.clamp(min=self.plan.floors[member])
         fresh = torch.isinf(self.low[member])
         self.low[member] = torch.where(fresh, low, torch.lerp(self.low[member], low, AVERAGING))
