@@ -151,15 +151,20 @@ class MagnitudePruner:
         return max((min(math.ceil(c.end), self.epochs) for c in self.claims if c.ramps and c.start < self.epochs), default=0)
 
     @property
+    def ramped(self) -> list[str]:
+        """Of `names` those with a ramp."""
+        claimed = {name for claim in self.claims if claim.ramps for name in claim.finals}
+        return [name for name in self.names if name in claimed]
+
+    @property
     def target(self) -> float:
-        """The sparsity that the ramps asked for at their last update, over all weights of the ramps that started; 0 without one."""
+        """The sparsity over the weights of `ramped` that the ramps asked for at their last update; 0 of what has not begun or is let go."""
         asked: dict[str, float] = {}
-        for claim in (c for c in self.claims if c.ramps):
+        for claim in (c for c in self.claims if c.ramps and c.holds):
             for name in claim.finals:
-                if claim.holds:
-                    asked[name] = max(claim.sparsity(name, claim.last), asked.get(name, 0.0))
-        sizes = {name: self.network.get_parameter(name).numel() for name in asked}
-        return sum(asked[name] * size for name, size in sizes.items()) / max(sum(sizes.values()), 1)
+                asked[name] = max(claim.sparsity(name, claim.last), asked.get(name, 0.0))
+        sizes = {name: self.network.get_parameter(name).numel() for name in self.ramped}
+        return sum(asked.get(name, 0.0) * size for name, size in sizes.items()) / max(sum(sizes.values()), 1)
 
     @torch.no_grad()
     def update(self, clock: float, last: bool = False) -> bool:
