@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.ema import Ema
+from engine.loop import Loop
 from engine.recipe.modifiers import (
     ALL_PRUNABLE,
     ConstantPruningModifier,
@@ -20,10 +21,12 @@ from engine.recipe.modifiers import (
     Modifier,
 )
 from engine.recipe.pruner import MagnitudePruner
-from engine.seams import Stateful
+from engine.seams import Observer, Schedule, Stateful
 from models.network import Network
 from pruning.magnitude import sparsity_at
 from tests.helpers import alive, small
+from tests.test_training import CPU, make_loop
+from utils.device import Precision
 from utils.errors import InputError
 
 BATCHES = 4
@@ -105,6 +108,19 @@ def test_a_ramp_that_lasts_to_the_end_of_the_run_reaches_its_final_sparsity(end:
 def test_the_first_mask_has_the_initial_sparsity_even_between_two_batches() -> None:
     pruner = pruner_of([gmp(0.6, 3.0, init=0.3, inter_func="linear")])
     assert run(pruner, 1.0)[2:4] == pytest.approx([0.0, sparsity_at(0.75, 0.6, 3.0, 0.3, 0.8, "linear")], abs=1e-3)
+
+
+def test_the_start_tells_what_is_pruned_and_names_the_ends_of_the_network(capsys: pytest.CaptureFixture) -> None:
+    ends = ", ".join(("model.0.conv.weight", "model.14.m.0.weight", "model.14.m.1.weight"))
+    pruner_of(
+        [gmp(where="r.md:3", global_sparsity=True), gmp(1.0, 2.0, None, 0.9, params=CONVS[:1]), ConstantPruningModifier(3.0, params=CONVS)]
+    )
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"r.md:3: GMPruningModifier: 32 tensors ({ends} among them), epochs 0 to 3: zeros from 5.0% to 80.0%, cubic, unstructured, in one ranking",
+        "GMPruningModifier: 1 tensor, epochs 1 to 2: zeros from what each has to 90.0%, cubic, unstructured, layer by layer",
+        "ConstantPruningModifier: 3 tensors, epochs 3 to the end: zeros stay zero",
+    ]
 
 
 def test_a_modifier_that_begins_after_the_run_says_so(capsys: pytest.CaptureFixture) -> None:
@@ -204,6 +220,55 @@ def test_constant_pruning_keeps_zeros_and_takes_up_new_ones_each_epoch() -> None
     assert not pruner.masks[CONVS[1]].any()
     pruner.update(1.0)
     assert pruner.masks[CONVS[1]][:3].all() and not pruner.masks[CONVS[1]][3:].any() and pruner.phase_end == 0
+
+
+class Clocked:
+    """A schedule that lets a pruner act before every batch."""
+
+    def __init__(self, inner: Schedule, pruner: MagnitudePruner) -> None:
+        self.inner, self.pruner = inner, pruner
+
+    def batch(self, step: int, epoch: int) -> int:
+        last = step + 1 == self.pruner.epochs * self.pruner.batches
+        self.pruner.update(step / self.pruner.batches, last)
+        return self.inner.batch(step, epoch)
+
+
+def pruning_loop(modifiers: Sequence[Modifier], epochs: int, batches: int, **fields: object) -> tuple[Loop, MagnitudePruner]:
+    loop = make_loop(epochs=epochs, batches=batches, **fields)
+    pruner = MagnitudePruner(modifiers, loop.network, epochs, batches)
+    loop.seams.masks.append(pruner)
+    loop.schedule = Clocked(loop.schedule, pruner)
+    return loop, pruner
+
+
+@pytest.mark.parametrize("precision", [CPU, Precision(torch.device("cpu"), torch.bfloat16)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_ends_with_the_recipes_zeros_in_network_and_ema(precision: Precision, accumulate: int) -> None:
+    loop, pruner = pruning_loop([gmp(0.0, 3.0)], 3, 2, optimizer="AdamW", precision=precision, accumulate=accumulate)
+    start = [p.detach().clone() for p in loop.network.parameters()]
+    loop.run()
+    for network in (loop.network, loop.ema.network):
+        assert zeros(network, pruner.names) == pytest.approx(0.8, abs=1e-3)
+        assert all(torch.equal(network.get_parameter(name) == 0, mask) for name, mask in pruner.masks.items())
+    assert not any(torch.equal(a, b) for a, b in zip(start, loop.network.parameters()))
+
+
+def test_two_epochs_equal_one_and_one_resumed() -> None:
+    modifiers = [gmp(0.5, 1.5, update_frequency=0.5, global_sparsity=True)]
+    whole, _ = pruning_loop(modifiers, 2, 2, optimizer="AdamW")
+    whole.run()
+    first, _ = pruning_loop(modifiers, 2, 2, optimizer="AdamW")
+    first.seams.observers.append(type("Stop", (Observer,), {"epoch_end": lambda self, loop, record: True})())
+    first.run()
+    state, ema = first.state_dict() | {"stopped": False}, {k: v.clone() for k, v in first.ema.network.state_dict().items()}
+    second, pruner = pruning_loop(modifiers, 2, 2, optimizer="AdamW")
+    second.load_state_dict(state, ema, 0)
+    assert pruner.active and pruner.target > 0
+    second.run()
+    for a, b in ((whole.network, second.network), (whole.ema.network, second.ema.network)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert zeros(second.ema.network, pruner.names) == pytest.approx(0.8, abs=1e-3)
 
 
 # ---- what was there before, and who has what -----------------------------------------------------------------------------------

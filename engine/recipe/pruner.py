@@ -105,9 +105,12 @@ class Claim:
         """The modifier in words of its own, without the place where it stood: what a resumed run must find again."""
         return repr(replace(self.modifier, where=""))
 
-    def describe(self) -> str:
-        """One line for the log."""
-        head = f"{self.label}: {len(self.finals)} tensors, epochs {self.start:g} to {'the end' if self.end == math.inf else format(self.end, 'g')}"
+    def describe(self, ends: Sequence[str] = ()) -> str:
+        """One line for the log. `ends`: names of the weights of the stem and of the head's outputs, which matter more than others."""
+        end = "the end" if self.end == math.inf else f"{self.end:g}"
+        common = [name for name in ends if name in self.finals]
+        note = f" ({', '.join(common)} among them)" if common and len(self.finals) > len(common) else ""
+        head = f"{self.label}: {len(self.finals)} tensor{'s' if len(self.finals) > 1 else ''}{note}, epochs {self.start:g} to {end}"
         modifier = self.modifier
         if not isinstance(modifier, GMPruningModifier):
             return f"{head}: zeros stay zero"
@@ -132,7 +135,7 @@ class MagnitudePruner:
         self._kept: Masks = {}  # the opposite of each
         self.clock = 0.0
         _check_conflicts(claims)
-        _tell(claims, epochs)
+        _tell(claims, epochs, _ends(network))
 
     @property
     def names(self) -> list[str]:
@@ -293,9 +296,17 @@ def _check_conflicts(claims: Sequence[Claim]) -> None:
                 )
 
 
-def _tell(claims: Sequence[Claim], epochs: int) -> None:
+def _ends(network: Network) -> list[str]:
+    """The weights of the stem and of the head's outputs."""
+    blocks = network.blocks
+    stem = next((b for b in blocks if b.kind == "convolutional"), None)
+    outputs = [blocks[j] for i in network.heads for j in blocks[i].inputs]
+    return [f"{b.conv_path}.weight" for b in (stem, *outputs) if b is not None and b.kind == "convolutional"]
+
+
+def _tell(claims: Sequence[Claim], epochs: int, ends: Sequence[str]) -> None:
     for claim in claims:
-        LOGGER.info(claim.describe())
+        LOGGER.info(claim.describe(ends))
         if claim.left:
             LOGGER.warning(f"{claim.label}: mask_type {claim.kind} leaves dense: {_listed(claim.left)}")
         if claim.start >= epochs:
