@@ -25,7 +25,8 @@ from utils.log import LOGGER
 LEVEL = 6  # gzip's own default
 ADVICE = (
     "zeros that stand anywhere make a file compressible, and ordinary runtimes (PyTorch, ONNX Runtime, OpenVINO, TensorRT) no faster: "
-    "they multiply by zero as by any number. Pruned channels (slim_prune.py) and int8 make them faster"
+    "they multiply by zero as by any number (but for TensorRT, which can use the pattern 2:4 on GPUs that have it). Pruned channels "
+    "(slim_prune.py) and int8 make them faster"
 )
 
 
