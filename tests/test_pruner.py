@@ -295,9 +295,10 @@ def test_a_sparser_network_never_becomes_denser(init: float | None) -> None:
     assert all(torch.equal(pruner.masks[name], mask) for name, mask in before.items())
 
 
-def test_a_later_start_has_a_parameter_while_it_runs() -> None:
+def test_a_later_start_has_a_parameter_while_it_runs(capsys: pytest.CaptureFixture) -> None:
     early, late = gmp(0.0, 4.0, 0.0, 0.8, inter_func="linear"), gmp(1.0, 3.0, 0.5, 0.6, params=CONVS[:1])
     pruner = pruner_of([early, late])
+    assert "before the ramp" not in capsys.readouterr().out, "the early one ends by itself"
     mine, other = [], []
     for step in range(16):
         pruner.update(step / BATCHES, step == 15)
@@ -306,6 +307,27 @@ def test_a_later_start_has_a_parameter_while_it_runs() -> None:
     assert mine[::4] == pytest.approx([0.0, 0.5, sparsity_at(2, 1, 3, 0.5, 0.6), 0.6], abs=2e-3), "from 3 on the early one again"
     assert other[::4] == pytest.approx([0.0, 0.2, 0.4, 0.6], abs=2e-3)
     assert [mine[-1], other[-1]] == pytest.approx([0.8, 0.8], abs=4e-3)
+
+
+def test_a_ramp_that_another_takes_over_says_so_and_stops(capsys: pytest.CaptureFixture) -> None:
+    pruner = pruner_of([gmp(0.0, 3.0, 0.0, 0.9, where="r:1"), gmp(2.0, 4.0, 0.1, 0.6, where="r:5", params=CONVS)])
+    said = "r:5: GMPruningModifier: has 3 parameters (model.2.cv1.conv.weight first) from epoch 2 on, before the ramp of r:1: GMPruningModifier has ended"
+    assert said in capsys.readouterr().out
+    run(pruner, 2.0)
+    reached = zeros(pruner.network, CONVS)
+    run(pruner, start=8)
+    assert zeros(pruner.network, CONVS) == reached == pytest.approx(sparsity_at(1, 0, 3, 0, 0.9), abs=2e-3), (
+        "more than 0.6 by then, and kept"
+    )
+    assert zeros(pruner.network, ["model.1.conv.weight"]) == pytest.approx(0.9, abs=2e-3)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.3])
+def test_keeping_zeros_stands_in_no_ramps_way(start: float) -> None:
+    alone = pruner_of([gmp(0.0, 3.0)])
+    both = pruner_of([gmp(0.0, 3.0, leave_enabled=False), ConstantPruningModifier(start)])
+    assert run(alone) == run(both) and alone.masks.keys() == both.masks.keys()
+    assert all(torch.equal(mask, both.masks[name]) for name, mask in alone.masks.items())
 
 
 def test_the_end_of_one_comes_before_the_start_of_the_next() -> None:
@@ -385,7 +407,8 @@ def test_state_is_small_and_belongs_to_its_recipe() -> None:
         ([ConstantPruningModifier(params=("re:nothing",), where="r.md:9")], "^r.md:9: ConstantPruningModifier: .*re:nothing"),
         ([gmp(final=None, targets=((0.5, CONVS), (0.7, CONVS[1:])))], "model.2.cv2.conv.weight has two targets, 0.5 and 0.7; give one"),
         ([gmp(final=None, targets=((0.5, CONVS[:1]), (0.7, CONVS[1:])), global_sparsity=True)], "one ranking over all layers has one final"),
-        ([gmp(where="a:1"), ConstantPruningModifier(0.0, where="a:2")], "^a:2: ConstantPruningModifier: starts at epoch 0 on 32 .* as a:1: GMP"),
+        ([gmp(where="a:1"), gmp(0.0, 9.0, where="a:2")], "^a:2: GMPruningModifier: starts at epoch 0 on 32 parameters \\(.* as a:1: GMP"),
+        ([gmp(params=CONVS[:2]), gmp(-1.0, 2.0, params=CONVS[1:])], "starts at epoch 0 on model.2.cv2.conv.weight, as GMPruningModifier does"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(modifiers: list[Modifier], message: str) -> None:

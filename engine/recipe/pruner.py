@@ -6,7 +6,8 @@
 - `mask_gradients` before clipping, so that masked weights do not count in the gradient's norm;
 - `apply` after every optimizer step, and on the EMA after its update: an average forgets zeros (0.9999^n), a mask does not.
 
-Where two modifiers claim a parameter at one time, the later start has it, as long as it runs. Masks follow from the weights alone, which are equal in
+Where two ramps claim a parameter at one time, the later start has it, as long as it runs; a `ConstantPruningModifier` contradicts none, since zeros
+that a ramp makes stay zero anyway. Masks follow from the weights alone, which are equal in
 all processes of a run, so the masks are too.
 """
 
@@ -88,8 +89,8 @@ class Claim:
         return clock >= self.end - EPSILON
 
     def yields(self, other: Claim, clock: float) -> bool:
-        """Whether `other` has the parameters that both claim, at this act of ours: it started later and still runs."""
-        if other.start <= self.start:
+        """Whether `other` has the parameters that both claim, at this act of ours: a ramp that started later and still runs."""
+        if not (self.ramps and other.ramps) or other.start <= self.start:
             return False
         if self.over(clock):
             return other.start < self.end - EPSILON and other.end >= self.end - EPSILON
@@ -286,14 +287,21 @@ def _final(final: float | None, kind: MaskType, label: str) -> float:
 
 
 def _check_conflicts(claims: Sequence[Claim]) -> None:
-    for i, one in enumerate(claims):
-        for other in claims[:i]:
-            common = [name for name in one.finals if name in other.finals]
-            if common and one.start == other.start:
-                raise InputError(
-                    f"{one.label}: starts at epoch {one.start:g} on {len(common)} parameters, {common[0]} first, as {other.label} does; "
-                    "leave them to one of the two, or let one start later"
-                )
+    """Refuse ramps that start together on one parameter, and say where one takes parameters from another before that has ended."""
+    ramps = [claim for claim in claims if claim.ramps]
+    for one, other in ((one, other) for one in ramps for other in ramps if one is not other):
+        common = [name for name in one.finals if name in other.finals]
+        if common and one.start == other.start:
+            raise InputError(
+                f"{other.label}: starts at epoch {other.start:g} on {_counted(common)}, as {one.label} does; leave them to one of the two, or let "
+                "one start later"
+            )
+        if common and one.yields(other, one.end):
+            LOGGER.warning(f"{other.label}: has {_counted(common)} from epoch {other.start:g} on, before the ramp of {one.label} has ended")
+
+
+def _counted(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} parameters ({names[0]} first)"
 
 
 def _ends(network: Network) -> list[str]:
