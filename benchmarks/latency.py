@@ -3,6 +3,7 @@
     python benchmarks/latency.py                                      # YOLOv5s, half of its FLOPs removed; about ten minutes on two cores
     python benchmarks/latency.py --weights base.pt --pruned pruned.pt --img 640 --batch 1 8
     python benchmarks/latency.py --alignment                          # the same FLOPs met with multiples of 1, 8, 16 and 32
+    python benchmarks/latency.py --int8 --divisor 16 --batch 1        # float32, int8, and int8 of what pruning leaves; --cfg yolov5n for another
 
 Networks are run in turns, in one process and with as many threads each as there are cores, so that a slow spell of the machine hits all of them
 alike; a speed-up is the median of the ratios of neighbours in time. Without `--weights` the network is a YOLOv5s of 80 classes with random
@@ -28,6 +29,7 @@ from runtimes import RUNTIMES, Run
 
 from models.blocks import Blocks, flops, parameters
 from models.checkpoint import Model, load_model, read_structure
+from models.quantization import QuantScheme, quantize
 from pruning.budget import cost_of, select_for
 from pruning.criteria import gamma_scores
 from pruning.policy import PrunePolicy, Selector
@@ -47,15 +49,19 @@ def main() -> None:
     p.add_argument("--flops", type=float, default=0.5, help="share of the FLOPs that stays, where no --pruned is given")
     p.add_argument("--divisor", type=int, default=8, help="filters are a multiple of this, where no --pruned is given")
     p.add_argument("--alignment", action="store_true", help="one budget met with multiples of 1, 8, 16 and 32")
+    p.add_argument("--int8", action="store_true", help="float32 against int8, full and pruned, in the runtimes that have int8")
     p.add_argument("--img", type=int, default=640)
     p.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    p.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=list(RUNTIMES))
+    p.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), help="default: all, with --int8 ONNX Runtime and OpenVINO")
     p.add_argument("--repeats", type=int, default=24, help="runs of each network at batch 1; larger batches have fewer")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = p.parse_args()
     before = load_model(args.weights) if args.weights else random_model(args.cfg)
     if args.alignment:
         models = {"full": before} | {f"/{d}": pruned_to(before, args.flops, args.img, d) for d in DIVISORS}
+    elif args.int8:
+        after = load_model(args.pruned) if args.pruned else pruned_to(before, args.flops, args.img, args.divisor)
+        models = {"float32": before, "int8": quantized(before), "pruned": after, "pruned int8": quantized(after)}
     else:
         models = {
             "before": before,
@@ -63,7 +69,8 @@ def main() -> None:
         }
     print_costs(models, args.img)
     print(f"\n{args.img} px, {args.threads} threads; milliseconds of a batch: median (quartiles)\n")
-    rows = measure(models, args.runtimes, args.batch, args.img, args.threads, args.repeats)
+    runtimes = args.runtimes or (["ONNX Runtime", "OpenVINO"] if args.int8 else list(RUNTIMES))
+    rows = measure(models, runtimes, args.batch, args.img, args.threads, args.repeats)
     print_table(models, rows)
     first = next(iter(models))
     figures = {
@@ -87,6 +94,19 @@ def pruned_to(model: Model, share: float, imgsz: int, divisor: int) -> Model:
     mask = select_for(model.blocks, selector, cost, share * cost(model.blocks)).selection.mask
     blocks, state = prune(model.blocks, fold_constants(model.blocks, model.state, spaces, mask), spaces, mask)
     return replace(model, blocks=blocks, state=state)
+
+
+def quantized(model: Model) -> Model:
+    """`model` in int8, with the ranges of random images: what they are makes no difference to its latency. One that is quantised already stays."""
+    if model.quantization is not None:
+        return model
+    network = model.network()
+    quantize(network, QuantScheme())
+    network.freeze_norms()
+    network.train()
+    with torch.no_grad():
+        network(torch.rand(2, network.channels, 256, 256, generator=torch.Generator().manual_seed(0)))
+    return replace(model, quantization=network.quantization.saved())
 
 
 def measure(

@@ -1,6 +1,7 @@
 """A detector in each runtime that people run it in: a function that takes one batch from images to boxes. For `benchmarks/latency.py`.
 
-Every runtime computes in float32 with the same number of threads, decodes the boxes, and leaves out suppression, which does not depend on the network.
+Every runtime computes in float32, or a quantised model in int8, with the same number of threads, decodes the boxes, and leaves out suppression, which
+does not depend on the network.
 Missing packages leave a runtime out, with a line that says so.
 """
 
@@ -46,18 +47,18 @@ def onnxruntime_run(model: Model, images: np.ndarray, threads: int, folder: Path
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads must not wait busily while others are measured
-    session = onnxruntime.InferenceSession(onnx_bytes(model, images.shape), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx_bytes(model, images.shape, "onnxruntime"), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: images}
     return lambda: session.run(None, feed)
 
 
 def openvino_run(model: Model, images: np.ndarray, threads: int, folder: Path) -> Run:
-    """OpenVINO's CPU device on the same graph, in float32 and for the least latency."""
+    """OpenVINO's CPU device on the same graph, for the least latency; what is not int8 in float32."""
     import openvino
 
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(core.read_model(onnx_bytes(model, images.shape)), "CPU", settings).create_infer_request()
+    request = core.compile_model(core.read_model(onnx_bytes(model, images.shape, "openvino")), "CPU", settings).create_infer_request()
     return lambda: request.infer([images])
 
 
@@ -82,8 +83,8 @@ RUNTIMES: Mapping[str, Callable[[Model, np.ndarray, int, Path], Run]] = {
 }  # fmt: skip
 
 
-def onnx_bytes(model: Model, shape: tuple[int, ...]) -> bytes:
-    """A static graph for images of `shape` (B, C, H, W), as export.py writes it."""
+def onnx_bytes(model: Model, shape: tuple[int, ...], form: str) -> bytes:
+    """A static graph for images of `shape` (B, C, H, W), as export.py writes it; of a quantised model in the `form` of a runtime."""
     batch, channels, height, width = shape
     network = model.network()
-    return onnx_model(network, Metadata(model.names, network.max_stride, (height, width), channels, batch))
+    return onnx_model(network, Metadata(model.names, network.max_stride, (height, width), channels, batch), form=form)

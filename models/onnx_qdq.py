@@ -1,6 +1,6 @@
 """A quantised network's roundings as ONNX's QuantizeLinear and DequantizeLinear: the same blocks in another spelling.
 
-Weights are stored as the integers that they are. `Form` decides which of the plan's roundings are written; a runtime reads off from where they stand
+Weights are stored as the integers that they are. Its `form` decides which of the plan's roundings are written; a runtime reads off from where they stand
 what it may compute in integers.
 """
 
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from models.blocks import Block, Blocks
 from models.onnx_graph import Graph
-from models.quantization import Form, Quantization, gate_grid, weight_scales
+from models.quantization import Quantization, gate_grid, weight_scales
 from utils.errors import InputError
 
 LEAST_OPSET = 13  # scales per channel
-_INT32 = 2**30
 
 
 def check_opset_for_int8(opset: int) -> None:
@@ -25,31 +24,28 @@ def check_opset_for_int8(opset: int) -> None:
 
 
 class Rounding:
-    """Writes what a fused, quantised network rounds. Values are named as everywhere: by what holds the dequantised number."""
+    """Writes what a fused, quantised network rounds, in the quantisation's form. Values are named as everywhere: by what holds the dequantised number."""
 
-    def __init__(self, graph: Graph, blocks: Blocks, quantization: Quantization, form: Form) -> None:
+    def __init__(self, graph: Graph, blocks: Blocks, quantization: Quantization) -> None:
         check_opset_for_int8(graph.opset)
-        self.graph, self.blocks, self.q, self.form = graph, blocks, quantization, form
+        self.graph, self.blocks, self.q, self.form = graph, blocks, quantization, quantization.form
         self.kind = np.int8 if quantization.scheme.symmetric else np.uint8
 
     def convolution(self, index: int, block: Block, weight: Tensor, bias: Tensor | None) -> list[str]:
         """The weights and the bias of a convolution, as its inputs behind the first."""
-        scales, levels = weight_scales(weight, self.q.scheme.weight_levels), self.q.scheme.weight_levels
-        point = self.q.plan.output[block.inputs[0]]
-        integers_follow = self.form.bias and point is not None and self.q.plan.output[index] is not None
-        if integers_follow and bias is not None:
-            products = float(self.q.parameters_of(point)[0])
-            scales = scales.maximum(bias.abs() / (products * _INT32))  # of a channel of next to no weight, so that its bias is an int32
+        q, levels = self.q, self.q.scheme.weight_levels
+        integer = bias is not None and q.has_integer_bias(index)
+        scales = weight_scales(weight, levels)
+        if integer:
+            products = q.product_scales(index, weight, bias)
+            scales = products / q.parameters_of(q.plan.output[block.inputs[0]])[0]
         values = (weight / scales[:, None, None, None]).round().clamp(-levels, levels)
-        name = f"{block.name}.weight"
-        parts = [self._dequantized(values.numpy().astype(np.int8), scales.numpy(), name)]
-        if bias is not None:
-            name = f"{block.name}.bias"
-            if integers_follow:
-                scales = scales * products
-                parts.append(self._dequantized((bias.double() / scales.double()).round().numpy().astype(np.int32), scales.numpy(), name))
-            else:
-                parts.append(self.graph.tensor(bias.numpy(), name))
+        parts = [self._dequantized(values.numpy().astype(np.int8), scales.numpy(), f"{block.name}.weight")]
+        name = f"{block.name}.bias"
+        if integer:
+            parts.append(self._dequantized(q.bias_steps(index, weight, bias).numpy().astype(np.int32), products.numpy(), name))
+        elif bias is not None:
+            parts.append(self.graph.tensor(bias.numpy(), name))
         return parts
 
     def _dequantized(self, values: np.ndarray, scales: np.ndarray, name: str) -> str:

@@ -35,8 +35,10 @@ def onnx_model(network: Network, metadata: Metadata, opset: int = OPSET, both: b
     graph = Graph(opset)
     fused = fuse(network).cpu()
     blocks, state = fused.blocks, {k: v.detach().float() for k, v in fused.weights().items()}
-    rounding = Rounding(graph, blocks, fused.quantization, FORMS[form]) if fused.quantization is not None else NoRounding()
-    quantized = fused.quantization.plan.convolutions if fused.quantization is not None else frozenset()
+    rounding, quantized = NoRounding(), frozenset()
+    if fused.quantization is not None:
+        fused.quantization.form = FORMS[form]
+        rounding, quantized = Rounding(graph, blocks, fused.quantization), fused.quantization.plan.convolutions
     values = {0: rounding.image(INPUT)}
     needed = _needed(blocks, fused.heads)
     for index, block in enumerate(blocks):

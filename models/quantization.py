@@ -71,7 +71,7 @@ class Form:
 FORMS = {
     "onnxruntime": Form(),
     "openvino": Form(inner=False, branches=False, moved=False, bias=False),
-    "tensorrt": Form(inner=False, branches=False, moved=False, bias=False),
+    "tensorrt": Form(inner=False, branches=False, bias=False),
 }
 
 
@@ -209,6 +209,7 @@ class Quantization(nn.Module):
     def __init__(self, blocks: Blocks, scheme: QuantScheme) -> None:
         super().__init__()
         self.scheme, self.plan = scheme, quant_plan(blocks, scheme)
+        self._reads = {i: blocks[i].inputs[0] for i in self.plan.convolutions}
         self.form, self.observing, self.observed = FORMS["onnxruntime"], True, False
         self.watch: Callable[[int, Tensor], None] | None = None  # calibration looks at each member's values here, and nothing is rounded
         self.register_buffer("low", torch.full((len(self.plan.members),), math.inf))
@@ -250,11 +251,30 @@ class Quantization(nn.Module):
         conv, act = (op.conv, op.act) if isinstance(op, ConvUnit) else (op, getattr(op, "act", None))
 
         def run(x: Tensor) -> Tensor:
-            y = conv._conv_forward(x, self.rounded_weight(conv.weight), conv.bias)
+            y = conv._conv_forward(x, self.rounded_weight(conv.weight), self._bias(index, conv))
             y = op.bn(y) if isinstance(op, ConvUnit) else y
             return self.output(index, y if act is None else self._activated(index, y, act))
 
         return run
+
+    def _bias(self, index: int, conv: nn.Conv2d) -> Tensor | None:
+        """A folded bias as the int32 that it becomes beside integer products."""
+        if conv.bias is None or self.training or not self._acts or not self.has_integer_bias(index):
+            return conv.bias
+        return (self.bias_steps(index, conv.weight, conv.bias) * self.product_scales(index, conv.weight, conv.bias)).float()
+
+    def has_integer_bias(self, index: int) -> bool:
+        """Whether a convolution takes integers and gives integers, so that its bias is one too."""
+        return self.form.bias and self.plan.output[self._reads[index]] is not None and self.plan.output[index] is not None
+
+    def product_scales(self, index: int, weight: Tensor, bias: Tensor) -> Tensor:
+        """The scale of each output channel's products of integers. It is raised where a channel has next to no weight, so that its bias is an int32."""
+        step = self.parameters_of(self.plan.output[self._reads[index]])[0]
+        return (weight_scales(weight, self.scheme.weight_levels) * step).maximum(bias.detach().abs() / 2**30)
+
+    def bias_steps(self, index: int, weight: Tensor, bias: Tensor) -> Tensor:
+        """The bias in steps of `product_scales`: whole numbers, in float64."""
+        return (bias.double() / self.product_scales(index, weight, bias).double()).round()
 
     def _activated(self, index: int, y: Tensor, act: nn.Module) -> Tensor:
         point = self.plan.inner[index]
