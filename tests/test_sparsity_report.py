@@ -13,7 +13,7 @@ import torch
 from engine.ema import Ema
 from engine.observers import TensorBoard
 from engine.recipe.modifiers import ConstantPruningModifier, GlobalMagnitudePruningModifier, Modifier
-from engine.recipe.observers import SparsityLog
+from engine.recipe.observers import SparsityLog, report_pruning
 from engine.recipe.pruner import MagnitudePruner
 from engine.recipe.selectors import prunable
 from engine.seams import EpochRecord
@@ -24,7 +24,6 @@ from engine.sparsity_report import (
     file_sizes,
     onnx_sparsity,
     parameter_rows,
-    report_sparsity,
     sparsity_rows,
     table,
     total,
@@ -100,7 +99,7 @@ def test_a_saved_checkpoint_has_the_recipes_zeros_and_compresses(tmp_path: Path)
 def test_the_report_tells_a_recipes_own_weights_from_all(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     network, pruner = pruned(0.5, params=("re:model.1.*conv.weight", *HEADS))
     files = [save(network, tmp_path / name) for name in ("best.pt", "last.pt")]
-    report_sparsity(files, tmp_path, pruner.names, pruner.target)
+    report_pruning(pruner, files, tmp_path)
     saved = json.loads((tmp_path / "sparsity.json").read_text())
     assert saved["target"] == 0.5 and [file["file"] for file in saved["files"]] == ["best.pt", "last.pt"]
     best = saved["files"][0]
@@ -109,6 +108,15 @@ def test_the_report_tells_a_recipes_own_weights_from_all(tmp_path: Path, capsys:
     said = capsys.readouterr().out
     assert f"zeros in {files[0]}, counted in the file (the recipe asks for 50.0% and has 50.0" in said
     assert "weights of the recipe" in said and "last.pt: " in said and said.rstrip().endswith(ADVICE)
+
+
+def test_zeros_that_are_only_kept_are_reported_without_a_target(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    network, _ = pruned(0.6)
+    keeper = MagnitudePruner([ConstantPruningModifier()], network, epochs=1, batches=1)
+    keeper.update(0.0, last=True)
+    report_pruning(keeper, [save(network, tmp_path / "last.pt")], tmp_path)
+    assert json.loads((tmp_path / "sparsity.json").read_text())["target"] is None
+    assert f"zeros in {tmp_path / 'last.pt'}, counted in the file:\n" in capsys.readouterr().out
 
 
 def test_an_onnx_file_has_the_zeros_of_its_checkpoint(tmp_path: Path) -> None:
