@@ -10,7 +10,7 @@ import numpy as np
 
 METHODS = ("minmax", "percentile", "entropy")
 PERCENTILE = 99.99
-LEVELS = 128  # of |x| in int8
+LEVELS = 128  # of |x| where an int8 has a sign
 
 
 def percentile_range(histogram: np.ndarray, most: float, percentile: float = PERCENTILE) -> tuple[float, float]:
