@@ -13,16 +13,13 @@ def main(argv: Argv = None) -> None:
     p = parser(__doc__)
     add_train_flags(p, epochs=100)
     p.add_argument("--distill", action="store_true", help="pull the outputs to those of the teacher in --t_weight")
-    p.add_argument("--t_weight", default="", help="the teacher's checkpoint")
-    p.add_argument("--t_cfg", default="", help="the teacher's structure; empty: the checkpoint's own")
     p.add_argument("--distill-weight", type=float, default=1.0, help="weight of the distillation term")
     args = p.parse_args(argv)
     if not args.resume and not args.weights:
         raise InputError("--weights: give the pruned .pt that a pruning script wrote")
     if args.distill and not args.t_weight:
         raise InputError("--distill needs a teacher: --t_weight runs/train/exp/weights/best.pt")
-    teacher = args.t_weight if args.distill else ""
-    start(args, train_options(args, strict=True, teacher=teacher, teacher_cfg=args.t_cfg, distill_weight=args.distill_weight))
+    start(args, train_options(args, strict=True, distill=args.distill, distill_weight=args.distill_weight))
 
 
 if __name__ == "__main__":

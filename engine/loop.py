@@ -1,6 +1,7 @@
 """The training loop. One loop, with typed seams called in a fixed order; nothing here knows flags, files or detection.
 
-Per batch: schedule -> objective -> backward; per optimizer step: unscale, clip, gradient terms, step, masks, EMA, masks on the EMA.
+Per batch: schedule -> objective -> backward; per optimizer step: unscale, masks on the gradients, clip, gradient terms, step, masks, EMA, masks
+on the EMA.
 Per epoch: transitions before it; evaluation of the EMA, then observers after it.
 
 With several processes (a `World`) each runs this loop on its slice of every batch. Gradients are averaged by torch's
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.ema import Ema
-from engine.seams import EpochRecord, Evaluator, Objective, Schedule, Seams
-from models.network import Network
+from engine.seams import EpochRecord, Evaluator, GradientMask, Objective, Schedule, Seams, Structural
+from models.network import QUANTIZATION, Network
 from utils.device import Precision
 from utils.errors import InputError
 from utils.log import LOGGER
@@ -73,6 +74,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales)
         self.start_epoch = 0
         self.best_fitness = -math.inf
+        self.phase = ""
         self.stopped = False
         self._last_step = -1
         self._means = torch.zeros(len(objective.names))
@@ -85,6 +87,10 @@ class Loop:
         # 1x1 weights are the same in either layout; torch warns of a slower copy all the same.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return DistributedDataParallel(self.network, device_ids=devices)
+
+    def begin_phase(self, name: str) -> None:
+        """For transitions: from here on the network is another one (pruned, quantised), whose results are not compared with those before."""
+        self.phase, self.best_fitness = name, -math.inf
 
     def run(self) -> None:
         """Train; observers see every epoch, and may stop it."""
@@ -106,7 +112,7 @@ class Loop:
         fitness, metrics = self.evaluator(self.ema.network) if last or self.options.evaluate_every_epoch else (0.0, {})
         is_best = fitness >= self.best_fitness
         self.best_fitness = max(fitness, self.best_fitness)
-        record = EpochRecord(epoch, losses, metrics, rates, fitness, is_best)
+        record = EpochRecord(epoch, losses, metrics, rates, fitness, is_best, self.phase)
         for observer in self.seams.observers:  # the checkpoint comes last and holds what those before it asked for
             self.stopped = observer.epoch_end(self, record) or self.stopped
         self.stopped = self.world.from_main(self.stopped)
@@ -125,6 +131,8 @@ class Loop:
             self._means += (items - self._means) / (index + 1)
             for observer in self.seams.observers:
                 observer.batch_end(self, index, batch.images, batch.targets, self._means)
+        if self._last_step + 1 < (epoch + 1) * len(self.data):  # a mask may have grown before a batch that was no step
+            self._mask_ema()
         return {f"train/{name}": float(v) for name, v in zip(self.objective.names, self._means)}
 
     def _batch(self, epoch: int, index: int, images: Tensor, targets: Tensor, repeats: int = 1) -> Tensor:
@@ -153,6 +161,9 @@ class Loop:
 
     def _optimizer_step(self) -> None:
         self.scaler.unscale_(self.optimizer)
+        for mask in self.seams.masks:
+            if isinstance(mask, GradientMask):
+                mask.mask_gradients(self.network)
         nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip, foreach=True)
         for term in self.seams.terms:
             term.add(self.network)
@@ -162,6 +173,9 @@ class Loop:
         for mask in self.seams.masks:
             mask.apply(self.network)
         self.ema.update(self.network)
+        self._mask_ema()
+
+    def _mask_ema(self) -> None:
         for mask in self.seams.masks:
             mask.apply(self.ema.network)
 
@@ -169,10 +183,12 @@ class Loop:
         """Everything that a resumed run needs besides the EMA's tensors: raw weights, optimizer, scaler, seams, counters."""
         return {
             "network": {k: v.cpu().clone() for k, v in self.network.state_dict().items()},
+            "ema_ranges": {k: v.cpu().clone() for k, v in self.ema.network.state_dict().items() if k.startswith(QUANTIZATION)},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema_updates": self.ema.updates,
             "best_fitness": self.best_fitness,
+            "phase": self.phase,
             "stopped": self.stopped,
             "seams": {name: seam.state_dict() for name, seam in self.seams.stateful().items()},
         }
@@ -185,12 +201,15 @@ class Loop:
                 f"--resume: the run was made with {sorted(state['seams'])}, this one has {sorted(seams)}; "
                 "use the script and flags it was started with"
             )
+        for transition in self.seams.transitions:
+            if isinstance(transition, Structural):
+                transition.restore(self, epoch)
         self.network.load_state_dict(state["network"])
-        self.ema.network.load_state_dict(ema)
+        self.ema.network.load_state_dict({**ema, **state.get("ema_ranges", {})})
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.ema.updates, self.best_fitness, self.start_epoch = state["ema_updates"], state["best_fitness"], epoch + 1
-        self.stopped = state["stopped"]
+        self.stopped, self.phase = state["stopped"], state.get("phase", "")
         for name, seam in seams.items():
             seam.load_state_dict(state["seams"][name])
         LOGGER.info(f"resuming after epoch {epoch + 1}")

@@ -1,4 +1,4 @@
-"""Objectives: detection, and detection with distillation from a teacher that lives inside the objective."""
+"""Objectives: detection, and detection with distillation from a teacher that lives inside the objective; and how a teacher is read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.seams import Forward
-from models.network import Network
+from models.checkpoint import load_model, require_detector
+from models.network import Network, fuse
 from utils.decode import Level, decode_boxes, split_anchors
+from utils.errors import InputError
+from utils.log import LOGGER
 from utils.loss import DetectionLoss
 
 
@@ -28,12 +31,16 @@ class DetectionObjective:
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Weights of the distillation terms, each a mean over the teacher's attention and so independent of batch and grid size."""
+    """Weights of the distillation terms, each a mean over the teacher's attention and so independent of batch and grid size.
+
+    `temperature` T: the divergences are those of the logits divided by T, times T^2, which keeps their gradients' size (Hinton et al. 2015).
+    """
 
     weight: float = 1.0
     box: float = 2.0
     obj: float = 4.0
     cls: float = 2.0
+    temperature: float = 1.0
 
 
 class DistillationObjective:
@@ -62,6 +69,11 @@ class DistillationObjective:
     def __call__(self, network: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         maps = network(images)
         total, parts = self.loss(maps, targets)
+        term, scale = self.term(maps, images)
+        return total + term * scale, torch.cat((parts, term.detach().view(1)))
+
+    def term(self, maps: list[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+        """The term of the student's `maps`, before the factor of the batch size, and that factor."""
         with torch.no_grad():
             wanted = self.teacher(images)
         attention = [split_anchors(t, len(a)).float()[..., 4].sigmoid() for t, (a, _) in zip(wanted, self.heads)]
@@ -69,7 +81,7 @@ class DistillationObjective:
         sums = self.loss.world.total(counts)
         levels = zip(maps, wanted, attention, self.heads, self.loss.world.share(counts, sums))
         term = sum(self._level(s, t, a, *heads) * share for s, t, a, heads, share in levels) * (self.options.weight / len(maps))
-        return total + term * (sums[-1] * self.loss.samples), torch.cat((parts, term.detach().view(1)))
+        return term, sums[-1] * self.loss.samples
 
     def _level(self, student: Tensor, teacher: Tensor, attention: Tensor, anchors: Tensor, head: Level) -> Tensor:
         o, na = self.options, len(anchors)
@@ -77,13 +89,37 @@ class DistillationObjective:
         own, theirs = (a.to(student.device).view(na, 1, 1, 2) for a in (anchors, head.anchors))
         (s_xy, s_wh), (t_xy, t_wh) = decode_boxes(s[..., :4], own), head.boxes(t[..., :4], theirs)
         box = (s_xy - t_xy).abs().sum(-1) / 2 + ((s_wh - t_wh).abs() / t_wh.clamp(min=1.0)).sum(-1) / 2
-        loss = o.box * (attention * box).sum() + o.obj * _binary_kl(t[..., 4], s[..., 4]).sum()
+        loss = o.box * (attention * box).sum() + o.obj * self._kl(t[..., 4], s[..., 4]).sum()
         if s.shape[-1] > 6:  # more than one class
-            loss = loss + o.cls * (attention * _binary_kl(t[..., 5:], s[..., 5:]).mean(-1)).sum()
+            loss = loss + o.cls * (attention * self._kl(t[..., 5:], s[..., 5:]).mean(-1)).sum()
         return loss / attention.sum().clamp(min=1e-3)
+
+    def _kl(self, teacher: Tensor, student: Tensor) -> Tensor:
+        t = self.options.temperature
+        return _binary_kl(teacher, student) if t == 1 else _binary_kl(teacher / t, student / t) * t**2
 
 
 def _binary_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(sigmoid(teacher) || sigmoid(student)) of logits, elementwise; differentiable in the student."""
     p = teacher.sigmoid()
     return p * (F.logsigmoid(teacher) - F.logsigmoid(student)) + (1 - p) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+
+
+def read_teacher(weights: str, cfg: str, student: Network, device: torch.device) -> Network:
+    """The fused network of the checkpoint `weights` (its structure from `cfg`, if given) on `device`.
+
+    Raises `InputError` where its outputs cannot be compared with the student's cell by cell.
+    """
+    teacher = fuse(require_detector(load_model(weights, cfg or None), weights).network()).to(device, memory_format=torch.channels_last)
+    if teacher.channels != student.channels:
+        raise InputError(
+            f"--t_weight {weights}: the teacher reads images of {teacher.channels} channels, the student of {student.channels}"
+        )
+    if (teacher.classes, teacher.strides, teacher.anchors.shape) != (student.classes, student.strides, student.anchors.shape):
+        raise InputError(
+            f"--t_weight {weights}: the teacher has {teacher.classes} classes at strides {teacher.strides}, "
+            f"the student {student.classes} at {student.strides}; distillation compares their outputs cell by cell, so use a teacher trained on the same classes"
+        )
+    if not torch.allclose(teacher.anchors, student.anchors):
+        LOGGER.info("the teacher's anchors differ from the student's; each is decoded with its own")
+    return teacher

@@ -1,10 +1,10 @@
-"""Observers of the loop: progress, results.csv, TensorBoard, checkpoints, early stopping, pictures, and the gammas."""
+"""Observers of the loop: progress, results.csv, TensorBoard, checkpoints, early stopping and pictures."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from tqdm import tqdm
 from engine.loop import Loop
 from engine.seams import EpochRecord, Observer
 from models.checkpoint import Model, load_model, save_model, stripped
-from pruning.proximal import ProximalStep
-from pruning.sparsity import SparsityTerm, advice, gammas, near_zero_share
 from utils import plots
 from utils.boxes import denormalise, xywh_to_xyxy
 from utils.files import copy_file, sync, write_text
@@ -198,6 +196,9 @@ class Checkpoints(Observer):
 
     An epoch counts as finished once its last.pt is in place. The others are copies of it with its time, so they are never newer; a
     resumed run makes those that a kill prevented. `hyp` and `options` go into every file.
+
+    Where the run has phases, `best.pt` is that of the present one, and when one is over its best stays as `best_<phase>.pt`; but none of a
+    phase in `passing`, whose fitness says nothing about what comes of it.
     """
 
     folder: Path
@@ -207,10 +208,12 @@ class Checkpoints(Observer):
     options: dict[str, Any]
     period: int = -1
     save: bool = True
+    passing: Callable[[str], bool] = lambda phase: False
     last: Path = field(init=False)
     best: Path = field(init=False)
     saved: int = field(init=False, default=0)  # epochs that last.pt holds
     is_best: bool = field(init=False, default=False)
+    phase: str = field(init=False, default="")  # of what last.pt holds
     unsaved: EpochRecord | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -220,8 +223,11 @@ class Checkpoints(Observer):
         if self.saved:
             self._copy()
         else:  # --exist-ok: an older run's weights must not pass for this one's
-            self.last.unlink(missing_ok=True)
-            self.best.unlink(missing_ok=True)
+            for path in (self.last, self.best, *self._of_phases()):
+                path.unlink(missing_ok=True)
+
+    def _of_phases(self) -> list[Path]:
+        return sorted(self.folder.glob("best_*.pt"))
 
     def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
         self.unsaved = None if self.save else record
@@ -234,17 +240,24 @@ class Checkpoints(Observer):
             self._write(loop, self.unsaved)
 
     def _write(self, loop: Loop, record: EpochRecord) -> None:
-        self.saved, self.is_best, before = record.epoch + 1, record.is_best, self.saved
+        if self.phase not in (record.phase, ""):
+            self._keep_best()  # the first of the new phase takes its place
+        self.saved, self.is_best, self.phase, before = record.epoch + 1, record.is_best, record.phase, (self.saved, self.phase)
+        quantization = loop.ema.network.quantization
         model = Model(
-            loop.network.blocks, loop.ema.network.state_dict(), self.names, self.imgsz, record.epoch, loop.best_fitness, self.hyp,
-            self.options, loop.state_dict(),
+            loop.network.blocks, loop.ema.network.weights(), self.names, self.imgsz, record.epoch, loop.best_fitness, self.hyp,
+            self.options, loop.state_dict(), quantization.saved() if quantization is not None else None,
         )  # fmt: skip
         try:
             save_model(self.last, model)
         except BaseException:
-            self.saved = before
+            self.saved, self.phase = before
             raise
         self._copy()
+
+    def _keep_best(self) -> None:
+        if self.best.exists() and not self.passing(self.phase):
+            copy_file(self.best, self.folder / f"best_{self.phase}.pt")
 
     def _copy(self) -> None:
         if self.is_best:
@@ -252,31 +265,42 @@ class Checkpoints(Observer):
         if self.period > 0 and self.saved % self.period == 0:
             copy_file(self.last, self.folder / f"epoch{self.saved}.pt")
 
-    def strip(self) -> None:
-        """Drop the state of training from best.pt, then from last.pt; with that the run is finished and can no longer be resumed."""
-        for path in (self.best, self.last):
-            if path.exists():
-                modified = path.stat().st_mtime_ns
-                save_model(path, stripped(load_model(path)))
-                os.utime(path, ns=(modified, modified))
+    def strip_best(self) -> list[Path]:
+        """Drop the state of training from the best of the last phase and of those before it; return them, the last phase's first."""
+        paths = [path for path in (self.best, *self._of_phases()) if path.exists()]
+        for path in paths:
+            _strip(path)
+        return paths
+
+    def strip_last(self) -> None:
+        """Drop the state of training from last.pt; with that the run is finished and can no longer be resumed."""
+        if self.last.exists():
+            _strip(self.last)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"saved": self.saved, "is_best": self.is_best}
+        return {"saved": self.saved, "is_best": self.is_best, "phase": self.phase}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.saved, self.is_best = state["saved"], state["is_best"]
+        self.saved, self.is_best, self.phase = state["saved"], state["is_best"], state.get("phase", "")
+
+
+def _strip(path: Path) -> None:
+    modified = path.stat().st_mtime_ns
+    save_model(path, stripped(load_model(path)))
+    os.utime(path, ns=(modified, modified))
 
 
 class EarlyStopping(Observer):
-    """Asks to stop when `patience` epochs passed without a fitness at least equal to the best. 0: never."""
+    """Asks to stop when `patience` epochs of a phase passed without a fitness at least equal to its best. 0: never; and never in the first
+    `least` epochs of the run."""
 
-    def __init__(self, patience: int) -> None:
-        self.patience, self.best, self.best_epoch = patience, 0.0, 0
+    def __init__(self, patience: int, least: int = 0) -> None:
+        self.patience, self.least, self.best, self.best_epoch, self.phase = patience, least, 0.0, 0, ""
 
     def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
-        if record.fitness >= self.best:
-            self.best, self.best_epoch = record.fitness, record.epoch
-        stop = 0 < self.patience <= record.epoch - self.best_epoch
+        if record.fitness >= self.best or record.phase != self.phase:
+            self.best, self.best_epoch, self.phase = record.fitness, record.epoch, record.phase
+        stop = 0 < self.patience <= record.epoch - self.best_epoch and record.epoch >= self.least
         if stop:
             LOGGER.info(
                 f"stopping early: no better result in {self.patience} epochs; the best was epoch {self.best_epoch + 1}. "
@@ -285,10 +309,10 @@ class EarlyStopping(Observer):
         return stop
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_epoch": self.best_epoch}
+        return {"best": self.best, "best_epoch": self.best_epoch, "phase": self.phase}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.best, self.best_epoch, self.phase = state["best"], state["best_epoch"], state.get("phase", "")
 
 
 class BatchPictures(Observer):
@@ -312,71 +336,3 @@ def boxes_of(images: Tensor, targets: Tensor) -> list[np.ndarray]:
     corners = xywh_to_xyxy(denormalise(targets[:, 2:], tuple(images.shape[2:])))
     rows = torch.cat([targets[:, 1:2], corners], 1)
     return [rows[targets[:, 0] == i].numpy() for i in range(len(images))]
-
-
-class GammaLog(Observer):
-    """What users compare to choose their sparsity strength: gamma histograms per epoch, overall (`bn_weights/hist`) and per layer, the share
-    near zero, the strength; advice in the log after a few epochs; and `gammas.png`, the distribution over the epochs."""
-
-    def __init__(self, paths: list[str], term: SparsityTerm | ProximalStep, board: TensorBoard, folder: Path) -> None:
-        self.paths, self.term, self.board, self.folder = paths, term, board, folder
-        self.history: list[np.ndarray] = []
-        self.shares: list[float] = []
-        self.fitness: list[float] = []
-        self.start = 0.0
-        self.advised = False
-
-    def train_start(self, loop: Loop) -> None:
-        layers = gammas(loop.network, self.paths)
-        if not self.history:
-            self.start = near_zero_share(layers)
-            self.history = [np.concatenate(layers)]
-            self._layers("before_train_perlayer_bn_weights", layers)
-
-    def epoch_end(self, loop: Loop, record: EpochRecord) -> bool:
-        layers = gammas(loop.network, self.paths)
-        share = near_zero_share(layers)
-        self.history.append(np.concatenate(layers))
-        self.shares.append(share)
-        self.fitness.append(record.fitness)
-        strength = self.term.strength
-        zeros = int((self.history[-1] == 0).sum())
-        exact = f" ({zeros} exactly zero)" if zeros else ""
-        LOGGER.info(f"{'':>14}gammas near zero: {share:.1%} of {len(self.history[-1])}{exact}, strength {strength:g}")
-        writer = self.board.writer
-        writer.add_histogram("bn_weights/hist", self.history[-1], record.epoch, bins="doane")
-        for path, layer in zip(self.paths, layers):
-            writer.add_histogram(f"bn_weights_by_layer/{path}", layer, record.epoch)
-        writer.add_scalar("sparsity/near_zero_share", share, record.epoch)
-        writer.add_scalar("sparsity/sr", strength, record.epoch)
-        self._advise(loop)
-        return False
-
-    def _advise(self, loop: Loop) -> None:
-        if not self.term.options.strength or self.advised:
-            return
-        medians = [float(np.median(g)) for g in self.history]
-        text = advice(medians, self.shares, self.fitness, loop.options.epochs, self.term.options.strength)
-        if text:
-            LOGGER.info(text)
-            self.advised = True
-
-    def _layers(self, tag: str, layers: list[np.ndarray]) -> None:
-        for i, layer in enumerate(layers):
-            self.board.writer.add_histogram(f"{tag}/hist", layer, i, bins="doane")
-
-    def train_end(self, loop: Loop) -> None:
-        self._layers("after_train_perlayer_bn_weights", gammas(loop.network, self.paths))
-        if len(self.history) > 1:
-            plots.plot_gamma_history(self.history, [self.start, *self.shares], self.folder / "gammas.png")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "history": [torch.from_numpy(g.copy()) for g in self.history], "shares": self.shares, "fitness": self.fitness,
-            "start": self.start, "advised": self.advised,
-        }  # fmt: skip
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = [g.numpy() for g in state["history"]]
-        self.shares, self.fitness = list(state["shares"]), list(state["fitness"])
-        self.start, self.advised = state["start"], state["advised"]

@@ -21,6 +21,7 @@ class TrainOptions:
 
     `strict`: a `cfg` must fit `weights` exactly (fine-tuning a pair); otherwise the tensors that fit are transferred.
     `sr`: sparsity strength, None where the run is not a sparsity training; `sparsity_method`: how it acts. `teacher`: a checkpoint to distil from.
+    `recipe`: a file whose modifiers drive the run, `recipe_text` its content as it was at the start; `recipe_teacher`: what they distil from.
     """
 
     data: str
@@ -63,6 +64,10 @@ class TrainOptions:
     distill_weight: float = 1.0
     sparsity_method: str = "subgradient"
     dialect: str = "auto"
+    recipe: str = ""
+    recipe_args: str = ""
+    recipe_teacher: str = ""
+    recipe_text: str = ""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or (self.batch_size < 1 and self.batch_size != -1):
@@ -79,6 +84,12 @@ class TrainOptions:
             )
         if self.sparsity_method not in SPARSITY_METHODS:
             raise InputError(f"--sparsity-method {self.sparsity_method}: choose {' or '.join(SPARSITY_METHODS)}")
+        if self.recipe_teacher and not self.recipe:
+            raise InputError(
+                "--t_weight: nothing distils from it; give --distill (finetune_pruned.py), or a --recipe with a DistillationModifier"
+            )
+        if self.recipe_args and not self.recipe:
+            raise InputError("--recipe-args: these are values for the variables of a --recipe, and none is given")
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> TrainOptions:
@@ -98,12 +109,14 @@ class TrainOptions:
         words = ["python", self.script]
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "strict" and value != field.default:
+            if field.name not in ("strict", "recipe_text") and value != field.default:
                 words += _flag(field.name, value)
         return shlex.join(words)
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    flag = {"amp": "--no-amp", "teacher": "--t_weight", "teacher_cfg": "--t_cfg"}.get(name, "--" + name.replace("_", "-"))
+    flag = {"amp": "--no-amp", "teacher": "--t_weight", "teacher_cfg": "--t_cfg", "recipe_teacher": "--t_weight"}.get(
+        name, "--" + name.replace("_", "-")
+    )
     values = [] if isinstance(value, bool) else [str(v) for v in (value if isinstance(value, tuple) else (value,))]
     return [*(["--distill"] if name == "teacher" else []), flag, *values]

@@ -45,6 +45,13 @@ class ParamMask(Protocol):
     def apply(self, network: Network) -> None: ...
 
 
+@runtime_checkable
+class GradientMask(Protocol):
+    """A `ParamMask` that also silences gradients: after unscaling and before clipping, so that what is masked takes no part in the norm."""
+
+    def mask_gradients(self, network: Network) -> None: ...
+
+
 class Schedule(Protocol):
     """Sets learning rates and momentum before every batch."""
 
@@ -65,9 +72,20 @@ class Transition(Protocol):
     def before_epoch(self, loop: Loop, epoch: int) -> None: ...
 
 
+@runtime_checkable
+class Structural(Protocol):
+    """A `Transition` after which the network has other tensors than before."""
+
+    def restore(self, loop: Loop, epoch: int) -> None:
+        """Give a loop that is about to load the state saved after `epoch` (0-based) the structure that it had then."""
+
+
 @dataclass(frozen=True)
 class EpochRecord:
-    """What an epoch gave: mean loss parts, metrics of the EMA network, learning rates by group, fitness, and whether it is the best."""
+    """What an epoch gave: mean loss parts, metrics of the EMA network, learning rates by group, fitness, and whether it is the best of its phase.
+
+    `phase`: what the network was, where a recipe changes that ("dense", "pruned", ...): results of different phases are not compared.
+    """
 
     epoch: int
     losses: Mapping[str, float]
@@ -75,6 +93,7 @@ class EpochRecord:
     rates: Mapping[str, float]
     fitness: float
     is_best: bool
+    phase: str = ""
 
 
 class Observer:

@@ -15,22 +15,26 @@ from engine.classify import CLASSIFICATION
 from engine.evaluate import EvaluateOptions, evaluate
 from engine.image_weights import ImageWeights
 from engine.loop import Loop, LoopOptions
-from engine.objectives import DetectionObjective, DistillationObjective, DistillOptions
-from engine.observers import BatchPictures, Checkpoints, CsvLog, EarlyStopping, GammaLog, Progress, TensorBoard, board_pictures
+from engine.objectives import DetectionObjective, DistillationObjective, DistillOptions, read_teacher
+from engine.observers import BatchPictures, Checkpoints, CsvLog, EarlyStopping, Progress, TensorBoard, board_pictures
 from engine.optim import build_optimizer
 from engine.options import TrainOptions
+from engine.recipe.modifiers import Recipe
+from engine.recipe.phases import is_passing, last_event, quantizes
+from engine.recipe.run import Pace, RecipeSeams, open_recipe, recipe_seams, report_recipe, saved_recipe, tell_quantization, warn_of_regrowth
+from engine.recipe.writer import to_yaml
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from engine.resume import find_last, nothing_lost
-from engine.schedule import ScheduleOptions, YoloSchedule, cosine, linear, warmup_batches
-from engine.seams import Evaluator, Objective, Observer, Seams
+from engine.schedule import ScheduleOptions, YoloSchedule, warmup_batches
+from engine.seams import Evaluator, Objective, Seams
+from engine.sparsity_seams import add_penalty
 from engine.task import Goal, Task, TrainData
 from models.blocks import Blocks, flops, image_multiple, is_classifier, parameters
 from models.cfg import read_cfg_text, write_cfg
-from models.checkpoint import Model, load_model, read_structure, require_detector, stripped, transfer, with_anchors_of, with_batch_norms
+from models.checkpoint import Model, load_model, read_structure, stripped, transfer, with_anchors_of, with_batch_norms
 from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms, with_placeholder_anchors
+from models.quantization import quantize
 from models.yaml_reader import ordered_anchors
-from pruning.proximal import ProximalStep, reach
-from pruning.sparsity import SparsityOptions, SparsityTerm, equivalent_scale, penalised, strength_at
 from utils import plots
 from utils.anchors import autoanchor, label_sizes
 from utils.augment import AugmentOptions
@@ -52,9 +56,10 @@ METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mA
 
 def train(options: TrainOptions) -> Path:
     """Train as `options` say, in a new run folder; return the folder. Raises `InputError` before anything is written where an input is wrong."""
+    options, recipe = open_recipe(options)
     with join() as world:
         folder = world.from_main(run_folder(options.project, options.name, options.exist_ok))
-        return _train(options, folder, None, world)
+        return _train(options, recipe, folder, None, world)
 
 
 def resume(path: str | Path, device: str = "", workers: int | None = None) -> Path:
@@ -72,10 +77,10 @@ def resume(path: str | Path, device: str = "", workers: int | None = None) -> Pa
     if model.training.get("stopped") or model.epoch + 1 >= options.epochs:
         LOGGER.info("every epoch is trained; the run was cut off at its end, which is completed now")
     with join() as world:
-        return _train(options, last.parent.parent, model, world)
+        return _train(options, saved_recipe(options), last.parent.parent, model, world)
 
 
-def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: World) -> Path:
+def _train(options: TrainOptions, recipe: Recipe | None, folder: Path, resumed: Model | None, world: World) -> Path:
     device = select_device(options.device, world)
     _check_world(options, device, world)
     hyp = (
@@ -84,26 +89,33 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: Wo
         else read_hyp(options.hyp) | ({"label_smoothing": options.label_smoothing} if options.label_smoothing else {})
     )
     torch.manual_seed(options.seed + 1)
-    blocks, state = (resumed.blocks, None) if resumed else _structure(options)
+    start = resumed or _start(options)
+    blocks, state = start.blocks, None if resumed else start.state
     task = CLASSIFICATION if is_classifier(blocks) else DETECTION
     with world.main_first():
         data = task.read(options, max(32, image_multiple(blocks)), world)
     if not resumed:
         blocks = task.fit(blocks, data, hyp, options)
     network = _network(blocks, state, options, hyp)
-    precision = training_precision(device, options.amp)
+    if not resumed:
+        warn_of_regrowth(start.state, recipe, options.weights)
     if options.sync_bn:
         synchronise_norms(network)
     network.to(device, memory_format=torch.channels_last)
+    if start.quantization is not None and not (resumed and quantizes(recipe)):  # a resumed recipe quantises as it did
+        quantize(network, start.quantization.scheme, start.quantization.ranges)
+    precision = training_precision(device, options.amp and network.quantization is None)
     if options.batch_size == -1:
         each = min(world.gather(largest_batch(network, data.imgsz, precision)))
         options = replace(options, batch_size=world.size * each)
-    loop, checkpoints = _assemble(task, network, data, hyp, options, precision, folder, world)
+    if recipe:
+        tell_quantization(recipe, network, data.imgsz, options.batch_size // world.size, precision)
+    loop, checkpoints = _assemble(task, network, data, hyp, options, recipe, precision, folder, world)
     if resumed:
         loop.load_state_dict(resumed.training, resumed.state, resumed.epoch)
     with nothing_lost(checkpoints, options):
         if world.is_main:
-            _prepare_folder(folder, options, hyp)
+            _prepare_folder(folder, options, recipe, hyp)
             if not resumed or not (folder / "labels.jpg").exists():
                 task.pictures(folder, data)
         LOGGER.info(
@@ -112,7 +124,7 @@ def _train(options: TrainOptions, folder: Path, resumed: Model | None, world: Wo
             + f"; results go to {folder}"
         )
         loop.run()
-        return _finish(task, checkpoints, data, options, precision, folder) if world.is_main else folder
+        return _finish(task, loop, checkpoints, data, options, folder) if world.is_main else folder
 
 
 def _check_world(options: TrainOptions, device: torch.device, world: World) -> None:
@@ -132,22 +144,17 @@ def precision_text(precision: Precision) -> str:
     return f"{precision.device}, {name}"
 
 
-def _structure(options: TrainOptions) -> tuple[Blocks, dict | None]:
-    """The structure to train, with its own number of classes, and the tensors to start from."""
-    if options.strict and options.weights:
-        model = with_batch_norms(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
-        return model.blocks, model.state
+def _start(options: TrainOptions) -> Model:
+    """The structure to train, with its own number of classes, and the tensors to start from; from scratch there are none."""
+    if options.weights and (options.strict or not options.cfg):
+        return with_batch_norms(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
     if options.weights:
         model = with_batch_norms(load_model(options.weights), options.weights)
-        blocks = (
-            with_anchors_of(model.blocks, read_structure(options.cfg, dialect=options.dialect), options.cfg)
-            if options.cfg
-            else model.blocks
-        )
-        return blocks, model.state
+        blocks = with_anchors_of(model.blocks, read_structure(options.cfg, dialect=options.dialect), options.cfg)
+        return replace(model, blocks=blocks)
     if not options.cfg:
         raise InputError("give --weights (a checkpoint to start from), --cfg (a model yaml or cfg to train from scratch), or both")
-    return read_structure(options.cfg, dialect=options.dialect), None
+    return Model(read_structure(options.cfg, dialect=options.dialect), {}, ())
 
 
 def _read_data(options: TrainOptions, stride: int, world: World) -> TrainData:
@@ -199,7 +206,7 @@ def _network(blocks: Blocks, state: dict | None, options: TrainOptions, hyp: dic
     network = Network(blocks)
     init_detect_biases(network)
     init_gammas(network, hyp["gamma_init"])
-    if state is not None:
+    if state:
         LOGGER.info(f"{transfer(state, network)} from {options.weights}")
     frozen = range(options.freeze[0]) if len(options.freeze) == 1 else options.freeze
     for name, parameter in network.named_parameters():
@@ -234,8 +241,9 @@ def _loaders(
 
 
 def _assemble(
-    task: Task, network: Network, data: TrainData, hyp: dict, options: TrainOptions, precision: Precision, folder: Path, world: World
-) -> tuple[Loop, Checkpoints]:
+    task: Task, network: Network, data: TrainData, hyp: dict, options: TrainOptions, recipe: Recipe | None, precision: Precision, folder: Path,
+    world: World,
+) -> tuple[Loop, Checkpoints]:  # fmt: skip
     """Build the loop and its seams."""
     loaders = task.loaders(data, hyp, options, network, precision, world)
     goal = task.goal(network, data, hyp, options, precision, loaders, world)
@@ -246,13 +254,18 @@ def _assemble(
     schedule = YoloSchedule(optimizer, ScheduleOptions(
         options.epochs, hyp["lr0"], hyp["lrf"], hyp["momentum"], warmup, hyp["warmup_momentum"], hyp["warmup_bias_lr"], accumulate, options.cos_lr,
     ))  # fmt: skip
-    seams, checkpoints = _seams(task, network, optimizer, data, hyp, options, folder, len(loaders[0]), goal.objective)
+    objective, added = goal.objective, None
+    if recipe:
+        pace = Pace(options.epochs, len(loaders[0]), accumulate, hyp["momentum"])
+        added = recipe_seams(recipe, network, optimizer, schedule, objective, pace, options, precision)
+        schedule, objective = added.schedule, added.objective
+    seams, checkpoints = _seams(task, network, optimizer, data, hyp, options, folder, len(loaders[0]), objective, recipe, added)
     seams.transitions.extend(goal.transitions)
     if not world.is_main:
         seams.observers.clear()
     loop_options = LoopOptions(options.epochs, evaluate_every_epoch=not options.noval)
     return Loop(
-        network, goal.objective, optimizer, schedule, loaders[0], goal.evaluator, precision, loop_options, seams, world
+        network, objective, optimizer, schedule, loaders[0], goal.evaluator, precision, loop_options, seams, world
     ), checkpoints  # fmt: skip
 
 
@@ -270,19 +283,7 @@ def _goal(
 def _objective(loss: DetectionLoss, options: TrainOptions, precision: Precision, student: Network) -> Objective:
     if not options.teacher:
         return DetectionObjective(loss)
-    model = require_detector(load_model(options.teacher, options.teacher_cfg or None), options.teacher)
-    teacher = fuse(model.network()).to(precision.device, memory_format=torch.channels_last)
-    if teacher.channels != student.channels:
-        raise InputError(
-            f"--t_weight {options.teacher}: the teacher reads images of {teacher.channels} channels, the student of {student.channels}"
-        )
-    if (teacher.classes, teacher.strides, teacher.anchors.shape) != (student.classes, student.strides, student.anchors.shape):
-        raise InputError(
-            f"--t_weight {options.teacher}: the teacher has {teacher.classes} classes at strides {teacher.strides}, "
-            f"the student {student.classes} at {student.strides}; distillation compares their outputs cell by cell, so use a teacher trained on the same classes"
-        )
-    if not torch.allclose(teacher.anchors, student.anchors):
-        LOGGER.info("the teacher's anchors differ from the student's; each is decoded with its own")
+    teacher = read_teacher(options.teacher, options.teacher_cfg, student, precision.device)
     return DistillationObjective(loss, teacher, student.anchors, DistillOptions(weight=options.distill_weight))
 
 
@@ -310,58 +311,38 @@ def _seams(
     folder: Path,
     batches: int,
     objective: Objective,
+    recipe: Recipe | None,
+    added: RecipeSeams | None,
 ) -> tuple[Seams, Checkpoints]:
     """Observers in order: what has state comes before the checkpoint that saves it."""
     board = TensorBoard(folder)
-    checkpoints = Checkpoints(folder / "weights", data.names, data.imgsz, hyp, asdict(options), options.save_period, not options.nosave)
-    observers: list[Observer] = [
+    checkpoints = Checkpoints(
+        folder / "weights", data.names, data.imgsz, hyp, asdict(options), options.save_period, not options.nosave, is_passing
+    )
+    seams = Seams()
+    seams.observers += [
         board,
         Progress(batches, options.epochs, objective.names, data.imgsz),
         BatchPictures(folder, data.names),
         CsvLog(folder / "results.csv", task.metrics),
     ]
-    seams = Seams()
     if options.sr is not None:
-        paths = penalised(network.blocks, shortcuts=options.prune == 1)
-        strength = SparsityOptions(options.sr, options.sr_decay, options.beta_sr)
-        if options.sparsity_method == "proximal":
-            term = ProximalStep(paths, strength, options.epochs, network, optimizer)
-            seams.masks.append(term)
-        else:
-            term = SparsityTerm(paths, strength, options.epochs)
-            seams.terms.append(term)
-        seams.transitions.append(term)
-        observers.append(GammaLog(paths, term, board, folder))
-        _say_sparsity(paths, hyp, options, batches)
-    observers += [EarlyStopping(options.patience), checkpoints]
-    seams.observers.extend(observers)
+        add_penalty(seams, network, optimizer, hyp, options, batches, board, folder)
+    if added is not None:
+        added.join(seams, board)
+    seams.observers += [EarlyStopping(options.patience, last_event(recipe) if recipe else 0), checkpoints]
     return seams, checkpoints
 
 
-def _say_sparsity(paths: list[str], hyp: dict, options: TrainOptions, batches: int) -> None:
-    """The log's line on the penalty: how it acts, and what its strength amounts to."""
-    if options.sparsity_method == "proximal":
-        curve, epochs = cosine if options.cos_lr else linear, range(options.epochs)
-        rates = [hyp["lr0"] * curve(epoch, options.epochs, hyp["lrf"]) for epoch in epochs]
-        strengths = [strength_at(SparsityOptions(options.sr, options.sr_decay), epoch, options.epochs) for epoch in epochs]
-        steps = max(1, round(batches / max(round(hyp["nbs"] / options.batch_size), 1)))
-        same = f"over the run it alone takes {reach(rates, strengths, steps):.2g} off a gamma"
-    else:
-        scale = equivalent_scale(options.sr, options.batch_size)
-        same = f"in the predecessors this is --scale {scale:g} at batch {options.batch_size}"
-    LOGGER.info(
-        f"sparsity ({options.sparsity_method}): {len(paths)} batch norms penalised (--prune {options.prune}), strength {options.sr:g} per "
-        f"optimizer step{', decaying to a tenth' if options.sr_decay else ''}; {same}"
-    )
-
-
-def _prepare_folder(folder: Path, options: TrainOptions, hyp: dict[str, float]) -> None:
+def _prepare_folder(folder: Path, options: TrainOptions, recipe: Recipe | None, hyp: dict[str, float]) -> None:
     make_folder(folder / "weights")
     for place in (folder, folder / "weights"):
         remove_temporaries(place)
     saved = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
     write_text(folder / "opt.yaml", yaml.safe_dump(saved, sort_keys=False))
     write_text(folder / "hyp.yaml", yaml.safe_dump(hyp, sort_keys=False))
+    if recipe:
+        write_text(folder / "recipe.yaml", to_yaml(recipe))
 
 
 def _label_pictures(folder: Path, data: TrainData) -> None:
@@ -370,17 +351,20 @@ def _label_pictures(folder: Path, data: TrainData) -> None:
     plots.plot_labels_correlogram(labels, folder / "labels_correlogram.jpg")
 
 
-def _finish(task: Task, checkpoints: Checkpoints, data: TrainData, options: TrainOptions, precision: Precision, folder: Path) -> Path:
-    """Evaluate the checkpoint that counts once more with pictures, strip both, and say where everything is.
+def _finish(task: Task, loop: Loop, checkpoints: Checkpoints, data: TrainData, options: TrainOptions, folder: Path) -> Path:
+    """Evaluate the checkpoint that counts once more with pictures, strip all, and say where everything is.
 
-    Stripping comes last: as long as last.pt holds its state of training, `--resume` completes what is missing here.
+    Stripping last.pt comes last: as long as it holds its state of training, `--resume` completes what is missing here.
     """
     # The best epoch of a sparsity training is usually its first, when nothing is sparse yet: what counts there is the last.
     best = checkpoints.best if checkpoints.best.exists() and options.sr is None else checkpoints.last
-    task.measure(stripped(load_model(best)), data, options, precision, folder)
+    task.measure(stripped(load_model(best)), data, options, loop.precision, folder)
     plots.plot_results(folder / "results.csv", folder / "results.png")
     board_pictures(folder)
-    checkpoints.strip()
+    others = [path for path in checkpoints.strip_best() if path != best]
+    if options.recipe:
+        report_recipe(loop, best, others, folder)
+    checkpoints.strip_last()
     LOGGER.info(
         f"weights: {checkpoints.last} and {checkpoints.best.name} beside it; the figures above are those of {best.name}\nresults saved to {folder}"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.options import TrainOptions
+from utils.errors import InputError
 from utils.flags import Parser, add_cfg, add_device, add_run, add_size
 
 
@@ -43,21 +44,46 @@ def add_train_flags(p: Parser, epochs: int, hyp: str = "hyp.scratch-low.yaml", p
     p.add_argument("--save-period", type=int, default=-1, help="also save epochN.pt every so many epochs")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no-amp", action="store_true", help="float32 even where a faster precision is available")
+    p.add_argument(
+        "--recipe",
+        "--sparsification-recipe",
+        default="",
+        help="a recipe (.yaml, .yml, .md) whose modifiers drive the run: pruning, QAT, rates",
+    )
+    p.add_argument("--recipe-args", default="", help="values for the recipe's variables: NAME=VALUE,NAME=VALUE or a JSON object")
+    p.add_argument(
+        "--t_weight",
+        "--teacher-weights",
+        default="",
+        help="the teacher's checkpoint, for a recipe's DistillationModifier; self: that of --weights",
+    )
+    p.add_argument("--t_cfg", default="", help="the teacher's structure; empty: the checkpoint's own")
     add_run(p, project)
 
 
-def train_options(args: argparse.Namespace, **extra: Any) -> TrainOptions:
-    """`TrainOptions` from the shared flags; `extra` are those of one script."""
+def train_options(args: argparse.Namespace, distill: bool = False, **extra: Any) -> TrainOptions:
+    """`TrainOptions` from the shared flags; `extra` are those of one script. `distill`: the teacher acts throughout, whatever a recipe says."""
     name = Path(args.cfg).stem if args.name == "cfg" and args.cfg else args.name
     same = (
         "weights cfg dialect data hyp epochs batch_size imgsz rect quad multi_scale image_weights sync_bn nosave noval noautoanchor cache device workers single_cls "
-        "cos_lr label_smoothing patience save_period seed project exist_ok"
+        "cos_lr label_smoothing patience save_period seed project exist_ok recipe recipe_args"
     )
     values = {key: getattr(args, key) for key in same.split()}
     values["workers"] = 8 if args.workers is None else args.workers
+    teacher, values["teacher_cfg"] = _teacher(args, extra.get("strict", False))
+    values["teacher" if distill else "recipe_teacher"] = teacher
     return TrainOptions(
         **values, name=name, optimizer="Adam" if args.adam else args.optimizer, freeze=tuple(args.freeze), amp=not args.no_amp, **extra
     )
+
+
+def _teacher(args: argparse.Namespace, strict: bool) -> tuple[str, str]:
+    """The teacher's checkpoint and structure: of `self`, those that the run itself starts from."""
+    if args.t_weight != "self":
+        return args.t_weight, args.t_cfg
+    if not args.weights and not args.resume:
+        raise InputError("--t_weight self is the checkpoint that the run starts from; give --weights")
+    return args.weights, args.t_cfg or (args.cfg if strict else "")
 
 
 def start(args: argparse.Namespace, options: TrainOptions) -> None:

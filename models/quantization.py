@@ -215,6 +215,11 @@ class Quantization(nn.Module):
         self.register_buffer("low", torch.full((len(self.plan.members),), math.inf))
         self.register_buffer("high", torch.full((len(self.plan.members),), -math.inf))
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        """Ranges that come with a state dict, as when a training is resumed, count as observed."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.observed = bool(torch.isfinite(self.low).all())
+
     def saved(self) -> Ranges:
         """What a checkpoint keeps."""
         pairs = zip(self.plan.members, self.low.tolist(), self.high.tolist())
