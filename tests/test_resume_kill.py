@@ -268,7 +268,7 @@ def test_five_kills_at_random_moments(place: Place, whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "strike", ["engine.loop Loop._batch 15 kill", "engine.observers GammaLog.train_end 1 kill", "engine.session evaluate 3 kill"]
+    "strike", ["engine.loop Loop._batch 15 kill", "engine.sparsity_seams GammaLog.train_end 1 kill", "engine.session evaluate 3 kill"]
 )
 def test_a_killed_sparsity_training_resumes_with_its_histograms(place: Place, strike: str) -> None:
     options = place.options("sparse_" + re.sub(r"\W", "_", strike), sr=0.01, sr_decay=True, strict=True)
