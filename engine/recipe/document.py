@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 
 from engine.recipe import build
-from engine.recipe.modifiers import Modifier, QuantizationModifier, Recipe
+from engine.recipe.modifiers import EpochRangeModifier, Modifier, QuantizationModifier, Recipe
 from engine.recipe.text import Nodes, nodes_of
-from engine.recipe.tree import Tagged, Tree, is_tagged
-from engine.recipe.values import ExpressionError, plain_number, resolve, substitute
+from engine.recipe.tree import Tagged, Tree, is_merge, is_standard, is_tagged
+from engine.recipe.values import ExpressionError, check_size, plain_number, resolve, substitute
 from utils.errors import InputError, did_you_mean
 from utils.files import existing
 
@@ -49,11 +49,12 @@ def read_recipe(path: str, args: str = "") -> Recipe:
 
 def _text(file: Path) -> str:
     try:
-        content = file.read_bytes()
+        with file.open("rb") as stream:
+            content = stream.read(_LARGEST + 1)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
     if len(content) > _LARGEST:
-        raise InputError(f"{file}: {len(content) / 1e6:.1f} MB are no recipe")
+        raise InputError(f"{file}: more than {_LARGEST / 1e6:g} MB are no recipe")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -142,7 +143,8 @@ class _Reading:
             raise InputError(f"{twice[0].where}: a second QuantizationModifier: a network cannot be quantised twice")
         recipe = Recipe(tuple(modifiers), self.nodes.source, tuple(self.notes))
         if recipe.epochs is not None and recipe.epochs < 1:
-            raise InputError(f"{modifiers[-1].where}: the recipe's run has no epoch; end_epoch of EpochRangeModifier says how many")
+            where = recipe.of(EpochRangeModifier)[0].where
+            raise InputError(f"{where}: EpochRangeModifier: end_epoch: the recipe's run has no epoch")
         return recipe
 
     def _find_scopes(self) -> None:
@@ -159,9 +161,13 @@ class _Reading:
         for name, key, value in self.tree.pairs(node):
             if name == METADATA:
                 continue
+            if is_merge(key):
+                raise InputError(f"{self.nodes.where(key)}: << is read within a modifier, and not here")
             if _GROUP in name.lower():
                 scope.groups.append((name, value))
             elif stages and _is_stage(value):
+                if name in (s.name for s in self.stages):
+                    raise InputError(f"{self.nodes.where(key)}: the stage {name} is given twice")
                 stage = Scope(name)
                 self._fill(stage, value, stages=False)
                 self.stages.append(stage)
@@ -187,10 +193,11 @@ class _Reading:
         self.tree = Tree(self.nodes, replaced)
 
     def _values(self, scope: Scope) -> dict[str, Any]:
-        """Variables that a scope sees, evaluated: its own before the top level's."""
+        """Variables that a scope sees, evaluated: its own before the top level's, which were evaluated without them."""
+        outer = {} if scope is self.top else self._values(self.top)
+        own = {name: self.overrides.get(name, self.tree.value(value, name)) for name, (_, value) in scope.variables.items()}
         seen = {**self.top.variables, **scope.variables}
-        values = {name: self.overrides.get(name, self.tree.value(value, name)) for name, (_, value) in seen.items()}
-        return resolve(values, lambda name: self.nodes.where(seen[name][0]))
+        return resolve({**outer, **own}, lambda name: self.nodes.where(seen[name][0]))
 
     def _modifiers(self, scope: Scope) -> list[Modifier]:
         values = self._values(scope)
@@ -204,8 +211,11 @@ class _Reading:
 
     def _tagged(self, node: yaml.Node, key: str) -> Iterator[Tagged]:
         """The tagged objects of a group: of a list, however nested; of a mapping from names or tags to fields; or the one that it is."""
+        self.tree.count(node)
         if is_tagged(node):
             yield self.tree.tagged(node)
+        elif not is_standard(node):
+            raise InputError(f"{self.nodes.where(node)}: {key}: {node.tag:.60} is no modifier; one is written !Name, with its fields below")
         elif isinstance(node, yaml.SequenceNode):
             for item in node.value:
                 yield from self._tagged(item, key)
@@ -223,6 +233,7 @@ def _evaluated(tagged: Tagged, values: Mapping[str, Any]) -> Tagged:
     for name, value in tagged.fields.items():
         try:
             fields[name] = substitute(value, values)
+            check_size(fields[name])
         except ExpressionError as error:
             raise InputError(f"{tagged.lines[name]}: {tagged.name}: {name}: {error}") from None
     return Tagged(tagged.name, fields, tagged.where, tagged.lines)

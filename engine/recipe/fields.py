@@ -5,7 +5,6 @@ A check takes a plain value and returns it as the modifiers hold it; what is wro
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ from utils.errors import InputError, did_you_mean
 
 Check = Callable[[Any], Any]
 LAST_EPOCH = 1e6
+_HUGE = 1e300  # an int beyond it may be no float
 ROLES = ("norm", "weight", "bias")  # in the order of YOLOv5 up to v6.1, which the indices in recipes mean
-_MASK = re.compile(r"\[?\s*(\d+)\s*([:,])\s*(\d+)\s*\]?")
+_MASK = re.compile(r"\[?\s*(\d{1,6})\s*([:,])\s*(\d{1,6})\s*\]?")
 
 
 class Wrong(ValueError):
@@ -85,7 +85,7 @@ def shown(value: Any) -> str:
 
 
 def _real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE
 
 
 def number(what: str, right: Callable[[float], bool]) -> Check:

@@ -50,7 +50,7 @@ def _matches(selector: str, names: list[str], network: Network, where: str) -> l
     if selector.startswith(PATTERN):
         try:
             pattern = re.compile(selector[len(PATTERN) :])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{where}: params: {_quoted(selector)} is no regular expression ({error})") from None
         return [name for name in names if pattern.match(name)]
     return [selector] if selector in names else []

@@ -9,11 +9,13 @@ import re
 from dataclasses import dataclass
 
 import yaml
+from yaml.reader import ReaderError
 
 from utils.errors import InputError
 
 FENCES = ("---", "+++")
-_TAG_LINE = re.compile(r"(?P<indent>[ ]*)(?P<tag>![A-Za-z_][\w.]*)\s*:?(?P<rest>\s+[#{].*|\s*)")
+_TAG_LINE = re.compile(r"(?P<indent>[ ]*)(?P<tag>![A-Za-z_][\w.]*)(?:[ ]*:)?(?P<rest>(?:[ \t].*)?)")
+_RESTS = ("", "#", "{")  # what may begin behind a tag: nothing, a comment, fields in braces
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ def nodes_of(text: str, source: str, markdown: bool = False) -> Nodes:
     except (yaml.YAMLError, RecursionError) as error:
         normalised = dashed(text)
         if normalised == text:
-            raise InputError(_told(error, source, offset)) from None
+            raise InputError(_told(error, text, source, offset)) from None
         try:
             root = _composed(normalised)
         except (yaml.YAMLError, RecursionError):
-            raise InputError(_told(error, source, offset)) from None
+            raise InputError(_told(error, text, source, offset)) from None
         return Nodes(root, source, offset, (f"{source}: tags without dashes were read as list items",))
 
 
@@ -80,7 +82,7 @@ def dashed(text: str) -> str:
     for i, line in enumerate(lines):
         tag = _TAG_LINE.fullmatch(line)
         indent = len(line) - len(line.lstrip(" "))
-        if tag:
+        if tag and tag["rest"].strip()[:1] in _RESTS:
             tag_indent = indent
             shift = "  " if indent and _first_indent(lines[i + 1 :]) == indent else ""
             out.append(f"{tag['indent']}- {tag['tag']}{tag['rest'].rstrip()}")
@@ -101,11 +103,14 @@ def _composed(text: str) -> yaml.Node | None:
     return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
-def _told(error: Exception, source: str, offset: int) -> str:
+def _told(error: Exception, text: str, source: str, offset: int) -> str:
     if isinstance(error, RecursionError):
         return f"{source}: nested too deeply"
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    line = f":{mark.line + 1 + offset}" if mark else ""
+    if mark:
+        line = f":{mark.line + 1 + offset}"
+    else:  # a character that YAML forbids has a position alone
+        line = f":{text[: error.position].count(chr(10)) + 1 + offset}" if isinstance(error, ReaderError) else ""
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
     context = getattr(error, "context", None)
     return f"{source}{line}: not YAML: {problem}{f' ({context})' if context else ''}"

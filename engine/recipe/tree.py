@@ -10,7 +10,7 @@ import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
 from engine.recipe.text import Nodes
-from engine.recipe.values import plain_number
+from engine.recipe.values import BITS, plain_number
 from utils.errors import InputError
 
 _STANDARD = "tag:yaml.org,2002:"
@@ -47,7 +47,7 @@ class Tree:
 
     def value(self, node: yaml.Node, place: str) -> Any:
         """The plain value of a node; strings that look like numbers are numbers. `place`: the key that it stands under, for errors."""
-        self._count(node)
+        self.count(node)
         if id(node) in self.replaced:
             return self.replaced[id(node)]
         if is_tagged(node):
@@ -68,11 +68,13 @@ class Tree:
         where = self.nodes.where(tag)
         if body is None:
             body = tag
+        elif is_tagged(body):
+            raise InputError(f"{where}: {name}: !{tag_name(body)} stands behind a name; a modifier is written - !{tag_name(body)}")
         elif isinstance(tag, yaml.ScalarNode) and is_tagged(tag) and tag.value:
             raise InputError(f"{where}: !{name} has {tag.value!r} behind it; its fields stand on lines of their own")
         if isinstance(body, yaml.ScalarNode) and body.value in ("", "null", "~"):
             return Tagged(name, {}, where, {})
-        if not isinstance(body, yaml.MappingNode):
+        if not isinstance(body, yaml.MappingNode) or not (body is tag or body.tag == _STANDARD + "map"):
             raise InputError(f"{where}: !{name} needs fields, as in start_epoch: 0.0")
         fields, lines = self._mapping(body, name)
         return Tagged(name, fields, where, lines)
@@ -83,7 +85,7 @@ class Tree:
         lines: dict[Any, str] = {}
         merged: list[tuple[dict[Any, Any], str]] = []
         for key, value in node.value:
-            self._count(key)
+            self.count(key)
             if key.tag == _MERGE:
                 merged += [(part, self.nodes.where(key)) for part in self._merged(value, place)]
                 continue
@@ -101,11 +103,15 @@ class Tree:
         return made, lines
 
     def _merged(self, node: yaml.Node, place: str) -> list[dict[Any, Any]]:
-        value = self.value(node, place)
-        parts = value if isinstance(value, list) else [value]
-        if not all(isinstance(part, dict) for part in parts):
+        """The mappings that `<<` names; of another modifier, its fields."""
+        parts = node.value if isinstance(node, yaml.SequenceNode) and not is_tagged(node) else [node]
+        made = []
+        for part in parts:
+            plain = id(part) in self.replaced or not isinstance(part, yaml.MappingNode)
+            made.append(self.value(part, place) if plain else self._mapping(part, place)[0])
+        if not all(isinstance(part, dict) for part in made):
             raise InputError(f"{self.nodes.where(node)}: {place}: << takes a mapping")
-        return parts
+        return made
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         kind = node.tag.removeprefix(_STANDARD)
@@ -114,14 +120,28 @@ class Tree:
         if kind == "str":
             return plain_number(node.value)
         try:
-            return self._constructor.construct_object(node)
-        except (ValueError, KeyError, ConstructorError):
+            made = self._constructor.construct_object(node)
+        except (ValueError, KeyError, IndexError, ConstructorError):
             raise InputError(f"{self.nodes.where(node)}: {node.value!r:.60} is no {kind}") from None
+        if isinstance(made, int) and made.bit_length() > BITS:
+            raise InputError(f"{self.nodes.where(node)}: {node.value!r:.60} is too large a number")
+        return made
 
-    def _count(self, node: yaml.Node) -> None:
+    def count(self, node: yaml.Node) -> None:
+        """Take note of one more value, and refuse a recipe of too many: aliases of lists of aliases grow without bounds."""
         self._made += 1
         if self._made > _MOST:
             raise InputError(f"{self.nodes.where(node)}: more than {_MOST} values; aliases within aliases?")
+
+
+def is_merge(key: yaml.Node) -> bool:
+    """Whether a key is YAML's `<<`."""
+    return key.tag == _MERGE
+
+
+def is_standard(node: yaml.Node) -> bool:
+    """Whether a node has no tag, or one of the plain lists, mappings and scalars."""
+    return node.tag in _SCALARS or node.tag in (_STANDARD + "seq", _STANDARD + "map")
 
 
 def is_tagged(node: yaml.Node) -> bool:

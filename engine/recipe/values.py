@@ -6,6 +6,7 @@ import ast
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -15,7 +16,9 @@ from utils.errors import InputError, did_you_mean
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _EXPRESSION = re.compile(r"\s*eval\s*\((.*)\)\s*", re.DOTALL)
 _LONGEST = 1000  # characters of an expression
-_BITS = 4096  # of an integer; beyond it a power could take all memory and time
+_LONGEST_NUMBER = 300  # characters
+_MOST = 100_000  # values within one, with variables written out
+BITS = 4096  # of an integer; beyond it a power could take all memory and time
 _DIGITS = 100  # that round() may be asked for
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -45,7 +48,7 @@ class ExpressionError(ValueError):
 def plain_number(text: str) -> int | float | str:
     """`text` as a number where it looks like one, `10e-6` and `1e3` included (strings to YAML 1.1); otherwise `text` itself."""
     stripped = text.strip()
-    if not _NUMBER.fullmatch(stripped) or len(stripped) > 300:
+    if len(stripped) > _LONGEST_NUMBER or not _NUMBER.fullmatch(stripped):
         return text
     return int(stripped) if re.fullmatch(r"[-+]?\d+", stripped) else float(stripped)
 
@@ -85,6 +88,21 @@ def substitute(value: Any, names: Mapping[str, Any]) -> Any:
     return value
 
 
+def check_size(value: Any) -> None:
+    """Refuse what grows out of bounds when a list of a variable is used in a list of another, and so on. Raises `ExpressionError`."""
+    sizes: dict[int, int] = {}  # by id: shared parts are counted as often as they are used, and visited once
+
+    def size(part: Any) -> int:
+        if not isinstance(part, (list, dict)):
+            return 1
+        if id(part) not in sizes:
+            sizes[id(part)] = 1 + sum(map(size, part if isinstance(part, list) else part.values()))
+        return sizes[id(part)]
+
+    if size(value) > _MOST:
+        raise ExpressionError(f"it holds more than {_MOST} values")
+
+
 def resolve(variables: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
     """`variables` with their expressions evaluated, in whichever order they need each other.
 
@@ -100,6 +118,7 @@ def resolve(variables: Mapping[str, Any], where: Callable[[str], str]) -> dict[s
     for name in order:
         try:
             resolved[name] = substitute(variables[name], resolved)
+            check_size(resolved[name])
         except ExpressionError as error:
             raise InputError(f"{where(name)}: {name}: {error}") from None
     return resolved
@@ -123,7 +142,9 @@ def _parsed(text: str) -> ast.expr:
     if len(text) > _LONGEST:
         raise ExpressionError(f"it is longer than {_LONGEST} characters")
     try:
-        return ast.parse(text, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as of an invalid escape in a string, which no expression has anyway
+            return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ExpressionError("it is no expression") from None
 
@@ -154,7 +175,7 @@ def _variable(node: ast.Name, names: Mapping[str, Any]) -> Any:
 def _number(value: Any, what: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ExpressionError(f"{what} is {value!r:.60}, which is no number")
-    if isinstance(value, int) and value.bit_length() > _BITS:
+    if isinstance(value, int) and value.bit_length() > BITS:
         raise ExpressionError("its numbers are too large")
     return value
 
@@ -180,7 +201,7 @@ def _computed(function: Callable[..., Any], *arguments: int | float) -> int | fl
 def _power(base: int | float, exponent: int | float) -> Any:
     """`base ** exponent`, refused where the integer that it makes would be too long."""
     whole = isinstance(base, int) and isinstance(exponent, int)
-    if whole and abs(base) > 1 and abs(exponent) * base.bit_length() > _BITS:
+    if whole and abs(base) > 1 and abs(exponent) * base.bit_length() > BITS:
         raise ExpressionError("its numbers are too large")
     return base**exponent
 
