@@ -103,11 +103,13 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _typed(text: str) -> Any:
-    """A value as YAML would read it; what it cannot read is a string."""
+    """A value as YAML would read it; what it cannot read is a string, but for what begins as a list or mapping."""
     try:
         nodes = nodes_of(text, ARGS_FLAG)
         return Tree(nodes).value(nodes.root, ARGS_FLAG) if nodes.root is not None else text
     except (InputError, RecursionError):
+        if text[0] in "[{":
+            raise InputError(f"{ARGS_FLAG}: {text!r:.80} is not YAML; quote what holds brackets, as in ['re:model[.]1']") from None
         return text
 
 
