@@ -152,7 +152,7 @@ class _Reading:
     def _find_scopes(self) -> None:
         root = self.nodes.root
         if root is None or (isinstance(root, yaml.ScalarNode) and not is_tagged(root)):
-            what = "it is empty" if root is None or not root.value else f"it holds the words {root.value!r:.40}"
+            what = "it is empty" if root is None or root.value in ("", "~", "null") else f"it holds the words {root.value!r:.40}"
             raise InputError(f"{self.nodes.source}: no recipe: {what}")
         if isinstance(root, yaml.MappingNode) and not is_tagged(root) and not _tagged_keys(root):
             self._fill(self.top, root, stages=True)

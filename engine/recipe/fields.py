@@ -109,7 +109,7 @@ factor = number("a factor above 0 and at most 1", lambda v: 0 < v <= 1)
 start_epoch = number("an epoch (0 or more; -1: from the start)", lambda v: v == -1 or 0 <= v <= LAST_EPOCH)
 end_epoch = number("an epoch (0 or more; -1: never)", lambda v: v == -1 or 0 <= v <= LAST_EPOCH)
 an_epoch = number("an epoch (0 or more)", lambda v: 0 <= v <= LAST_EPOCH)
-never = number("-1: it does not end", lambda v: v == -1)
+never = number("-1, as it does not end", lambda v: v == -1)
 frequency = number("a number of epochs above 0 (-1: every batch)", lambda v: v == -1 or 0 < v <= LAST_EPOCH)
 
 

@@ -57,7 +57,7 @@ class Tree:
         if isinstance(node, yaml.MappingNode) and node.tag == _STANDARD + "map":
             return self._mapping(node, place)[0]
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
-            return self._scalar(node)
+            return self._scalar(node, place)
         raise InputError(
             f"{self.nodes.where(node)}: {place}: a value of type !!{node.tag.removeprefix(_STANDARD)} has no place in a recipe"
         )
@@ -71,11 +71,11 @@ class Tree:
         elif is_tagged(body):
             raise InputError(f"{where}: {name}: !{tag_name(body)} stands behind a name; a modifier is written - !{tag_name(body)}")
         elif isinstance(tag, yaml.ScalarNode) and is_tagged(tag) and tag.value:
-            raise InputError(f"{where}: !{name} has {tag.value!r} behind it; its fields stand on lines of their own")
+            raise InputError(f"{where}: {name} has {tag.value!r:.60} behind it; its fields stand on lines of their own")
         if isinstance(body, yaml.ScalarNode) and body.value in ("", "null", "~"):
             return Tagged(name, {}, where, {})
         if not isinstance(body, yaml.MappingNode) or not (body is tag or body.tag == _STANDARD + "map"):
-            raise InputError(f"{where}: !{name} needs fields, as in start_epoch: 0.0")
+            raise InputError(f"{where}: {name} needs fields, as in start_epoch: 0.0")
         fields, lines = self._mapping(body, name)
         return Tagged(name, fields, where, lines)
 
@@ -91,10 +91,10 @@ class Tree:
                 continue
             if not isinstance(key, yaml.ScalarNode) or is_tagged(key):
                 raise InputError(f"{self.nodes.where(key)}: {place}: a key must be a name or a number")
-            name = self._scalar(key)
+            name = self._scalar(key, place)
             if name in made:
                 raise InputError(f"{self.nodes.where(key)}: {place}: {key.value} is given twice")
-            made[name] = self.value(value, key.value)
+            made[name] = self.value(value, f"{place}: {key.value}")
             lines[name] = self.nodes.where(key)
         for part, where in merged:
             for name, value in part.items():
@@ -113,7 +113,7 @@ class Tree:
             raise InputError(f"{self.nodes.where(node)}: {place}: << takes a mapping")
         return made
 
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, place: str) -> Any:
         kind = node.tag.removeprefix(_STANDARD)
         if kind in ("timestamp", "value") or (kind in ("int", "float") and ":" in node.value):
             return node.value  # `2:4` is a mask to its reader, and 124 in YAML 1.1's sexagesimal numbers
@@ -122,9 +122,9 @@ class Tree:
         try:
             made = self._constructor.construct_object(node)
         except (ValueError, KeyError, IndexError, ConstructorError):
-            raise InputError(f"{self.nodes.where(node)}: {node.value!r:.60} is no {kind}") from None
+            raise InputError(f"{self.nodes.where(node)}: {place}: {node.value!r:.60} is no {kind}") from None
         if isinstance(made, int) and made.bit_length() > BITS:
-            raise InputError(f"{self.nodes.where(node)}: {node.value!r:.60} is too large a number")
+            raise InputError(f"{self.nodes.where(node)}: {place}: {node.value!r:.60} is too large a number")
         return made
 
     def count(self, node: yaml.Node) -> None:
