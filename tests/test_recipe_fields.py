@@ -74,6 +74,10 @@ READS: list[tuple[str, Modifier]] = [
         ),
     ),
     (
+        "!GMPruningModifier {init_sparsity: 0, final_sparsity: 0.75, start_epoch: 0, end_epoch: 3, update_frequency: 1, params: [], mask_type: 1:4}",
+        GMPruningModifier(0.0, 3.0, final_sparsity=0.75, mask_type="1:4"),
+    ),
+    (
         "!MagnitudePruningModifier {init_sparsity: 0, final_sparsity: 0.5, start_epoch: 0, end_epoch: 3, update_frequency: 1, params: [a]}",
         MagnitudePruningModifier(0.0, 3.0, final_sparsity=0.5, params=("a",)),
     ),
