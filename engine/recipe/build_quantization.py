@@ -142,6 +142,11 @@ def quantization(entry: Entry) -> None:
     values["ignore"] = (*_float_paths(entry, "ignore"), *_float_paths(entry, "exclude_module_types"))
     if values.get("reduce_range"):
         entry.note("reduce_range", "weights get 7 bits and activations keep 8, which saturates as little")
+    if values.get("calibration_steps"):
+        entry.note(
+            "num_calibration_steps",
+            "training finds the ranges from its own batches; export.py's --calibration-images is for calibration alone",
+        )
     _apply_scheme(entry, values.pop("scheme", {}))
     if values.pop("scheme_overrides", ()):
         entry.note("scheme_overrides", f"{_WEIGHTS}; {_POLICY}")
