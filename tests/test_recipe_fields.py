@@ -122,6 +122,7 @@ NOTED = [
     ("!QuantizationModifier {model_fuse_fn_name: no_fuse}", "model_fuse_fn_name: batch norms are always folded into their convolutions"),
     ("!QuantizationModifier {reduce_range: True}", "reduce_range: weights get 7 bits"),
     ("!QuantizationModifier {num_calibration_steps: 9}", "num_calibration_steps: training finds the ranges from its own batches"),
+    ("!ConstantPruningModifier {params: __ALL__}", "params: __ALL__ also holds biases and batch norms that are zero"),
     ("!DistillationModifier {distill_output_keys: [a]}", "distill_output_keys: all outputs of the head are distilled"),
     (
         "!GMPruningModifier {init_sparsity: 0, final_sparsity: .5, start_epoch: 0, end_epoch: 3, update_frequency: 1, params: __ALL__}",

@@ -23,6 +23,7 @@ from engine.recipe.writer import to_yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHIPPED = sorted(p.name for p in RECIPES.iterdir())
+AS_PRINTED = ("guide_gmp.yaml", "guide_qat.yaml")  # without variables
 ALL_PRUNABLE = ("__ALL_PRUNABLE__",)
 # As they stand in SparseML's guide to YOLOv5.
 GUIDE_GMP = """\
@@ -136,11 +137,8 @@ def test_shipped_recipes() -> None:
     assert {"gmp.yaml", "qat.yaml", "gmp_qat.yaml", "transfer.yaml", "prune_2of4.yaml"} <= set(SHIPPED)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-@pytest.mark.parametrize("args", ["", "epochs=3"])
+@pytest.mark.parametrize("name,args", [*((n, "") for n in SHIPPED), *((n, "epochs=3") for n in SHIPPED if n not in AS_PRINTED)])
 def test_shipped_recipes_survive_being_written(name: str, args: str) -> None:
-    if args and name in ("guide_gmp.yaml", "guide_qat.yaml"):
-        pytest.skip("as printed, it has no variables")
     recipe = read_recipe(str(RECIPES / name), args)
     assert read(to_yaml(recipe)).modifiers == recipe.modifiers
 
@@ -151,7 +149,7 @@ def test_shipped_recipes_open_with_their_command(name: str) -> None:
     assert any("python train.py --weights" in line and f"--recipe recipes/{name}" in line for line in head)
 
 
-@pytest.mark.parametrize("name", [n for n in SHIPPED if n not in ("guide_gmp.yaml", "guide_qat.yaml")])
+@pytest.mark.parametrize("name", [n for n in SHIPPED if n not in AS_PRINTED])
 def test_shipped_recipes_scale_with_epochs(name: str) -> None:
     """Twice the epochs: every start and end is twice as late, but for warm-ups, which are never longer than an epoch."""
     default = read_recipe(str(RECIPES / name))
@@ -410,6 +408,106 @@ def test_a_modifier_may_take_the_fields_of_another() -> None:
 )
 def test_recipe_args(args: str, values: dict[str, Any]) -> None:
     assert overrides_of(args) == values
+
+
+def test_an_override_that_changes_nothing_is_noted() -> None:
+    text = "epochs: 5\nunused: 3\nneeded: null\nmodifiers:\n  - !EpochRangeModifier {start_epoch: 0, end_epoch: eval(needed)}\n"
+    assert read(text, "needed=4").notes == ()
+    assert read(text, "needed=4,unused=2").notes == ("--recipe-args: unused changes nothing: no modifier uses it, or it is that already",)
+
+
+# a recipe in the manner of SparseML's own for YOLOv5
+
+
+ZOO = """
+<!-- Licensed under ... -->
+---
+# General
+version: 1.1.0
+num_epochs: &num_epochs 242
+init_lr: &init_lr 0.01
+final_lr: &final_lr 0.002
+weights_warmup_lr: &weights_warmup_lr 0
+biases_warmup_lr: &biases_warmup_lr 0.1
+
+# Pruning
+mask_type: &mask_type [1, 4]
+prune_none_target_sparsity: &prune_none_target_sparsity 0.4
+
+# Quantization
+quantization_start_epoch: &quantization_start_epoch 240
+
+training_modifiers:
+  - !EpochRangeModifier
+    start_epoch: 0
+    end_epoch: *num_epochs
+
+  - !LearningRateFunctionModifier
+    start_epoch: 3
+    end_epoch: *num_epochs
+    lr_func: cosine
+    init_lr: *init_lr
+    final_lr: *final_lr
+
+  - !LearningRateFunctionModifier
+    start_epoch: 0
+    end_epoch: 3
+    lr_func: linear
+    init_lr: *weights_warmup_lr
+    final_lr: *init_lr
+    param_groups: [0, 1]
+
+  - !LearningRateFunctionModifier
+    start_epoch: 0
+    end_epoch: 3
+    lr_func: linear
+    init_lr: *biases_warmup_lr
+    final_lr: *init_lr
+    param_groups: [2]
+
+pruning_modifiers:
+  - !GMPruningModifier
+    params:
+      - model.1.conv.weight
+      - re:model.[2-9].*.conv.weight
+    init_sparsity: 0.05
+    final_sparsity: *prune_none_target_sparsity
+    start_epoch: 4
+    end_epoch: 100
+    update_frequency: 0.2
+    mask_type: *mask_type
+
+quantization_modifiers:
+  - !SetLearningRateModifier
+    start_epoch: *quantization_start_epoch
+    learning_rate: 2e-6
+
+  - !QuantizationModifier
+    start_epoch: *quantization_start_epoch
+    submodules: [model.0, model.1, model.23]
+---
+
+# YOLOv5 --- pruned and quantised
+"""
+
+
+@pytest.mark.parametrize("epochs,start", [(242, 240), (50, 45)])
+def test_a_recipe_in_the_manner_of_sparsemls_own(epochs: int, start: int) -> None:
+    args = f"num_epochs={epochs},quantization_start_epoch={start}" if epochs != 242 else ""
+    recipe = read(ZOO, args, markdown=True)
+    assert recipe.epochs == max(epochs, 100) and recipe.notes == ()
+    assert recipe.modifiers == (
+        EpochRangeModifier(0.0, float(epochs)),
+        LearningRateFunctionModifier(3.0, float(epochs), lr_func="cosine", init_lr=0.01, final_lr=0.002),
+        LearningRateFunctionModifier(0.0, 3.0, lr_func="linear", init_lr=0.0, final_lr=0.01, param_groups=("norm", "weight")),
+        LearningRateFunctionModifier(0.0, 3.0, lr_func="linear", init_lr=0.1, final_lr=0.01, param_groups=("bias",)),
+        GMPruningModifier(
+            4.0, 100.0, init_sparsity=0.05, final_sparsity=0.4, update_frequency=0.2, mask_type="1,4",
+            params=("model.1.conv.weight", "re:model.[2-9].*.conv.weight"),
+        ),
+        SetLearningRateModifier(float(start), learning_rate=2e-6),
+        QuantizationModifier(float(start), modules=("model.0", "model.1", "model.23")),
+    )  # fmt: skip
 
 
 # stages

@@ -204,6 +204,11 @@ def _pruning(entry: Entry) -> None:
         entry.note("global_sparsity", "GlobalMagnitudePruningModifier is the name of this today")
 
 
+def _constant(entry: Entry) -> None:
+    if ALL in entry.values["params"]:
+        entry.note("params", f"{ALL} also holds biases and batch norms that are zero; {ALL_PRUNABLE} takes convolution weights")
+
+
 def _check_mask(entry: Entry, final: float) -> None:
     """N of each M weights stay at the end, which is one sparsity; a ramp may lead to it."""
     mask = entry.values.get("mask_type", "unstructured")
@@ -281,6 +286,7 @@ KINDS: dict[str, Kind] = {
     "ConstantPruningModifier": Kind(
         ConstantPruningModifier,
         {"params": Field(f.some_selectors, True), "start_epoch": _START, "end_epoch": _END, "update_frequency": f.passed_over()},
+        finish=_constant,
     ),
     "GMPruningModifier": Kind(GMPruningModifier, {**_PRUNING, "global_sparsity": Field(f.boolean)}, True, _pruning),
     "MagnitudePruningModifier": Kind(

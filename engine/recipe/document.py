@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,25 @@ def _text(file: Path) -> str:
 def recipe_of(text: str, source: str, args: str = "", markdown: bool = False) -> Recipe:
     """The recipe in `text`, which came from `source` (named in messages); `markdown`: in its front matter. Raises `InputError`."""
     try:
-        return _Reading(nodes_of(text, source, markdown), overrides_of(args)).recipe()
+        nodes, overrides = nodes_of(text, source, markdown), overrides_of(args)
+        recipe = _Reading(nodes, overrides).recipe()
+        idle = tuple(
+            f"{ARGS_FLAG}: {name} changes nothing: no modifier uses it, or it is that already" for name in _idle(nodes, overrides, recipe)
+        )
+        return replace(recipe, notes=(*recipe.notes, *idle))
     except RecursionError:  # an alias within itself, too
         raise InputError(f"{source}: nested too deeply") from None
+
+
+def _idle(nodes: Nodes, overrides: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
+    """Names of overrides without which the recipe would say the same."""
+    for name in overrides:
+        others = {other: value for other, value in overrides.items() if other != name}
+        try:
+            if _Reading(nodes, others).recipe() == recipe:
+                yield name
+        except InputError:  # so it is needed
+            continue
 
 
 def overrides_of(args: str | None) -> dict[str, Any]:
