@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,17 @@ def test_shipped_recipes_scale_with_epochs(name: str) -> None:
         for edge in ("start_epoch", "end_epoch"):
             early, late = getattr(before, edge), getattr(after, edge)
             assert late == pytest.approx(2 * early) or early == late <= 1.0
+
+
+@pytest.mark.parametrize("name", [n for n in SHIPPED if n not in AS_PRINTED])
+def test_shipped_recipes_act_in_short_runs_too(name: str) -> None:
+    """From two epochs on all that they say starts within the run, quantisation with an epoch of it, and ramps end before quantisation starts."""
+    for epochs in range(2, 41):
+        recipe = read_recipe(str(RECIPES / name), f"epochs={epochs}")
+        assert recipe.epochs == epochs
+        assert all((math.ceil(m.start) if isinstance(m, QuantizationModifier) else m.start) < epochs for m in recipe.modifiers)
+        starts = [m.start for m in recipe.of(QuantizationModifier)]
+        assert all(ramp.end <= start for ramp in recipe.of(GMPruningModifier) for start in starts)
 
 
 def test_what_the_pruning_recipe_says() -> None:
