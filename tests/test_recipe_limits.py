@@ -56,6 +56,34 @@ def test_what_grows_without_bounds_is_refused(text: str, said: str) -> None:
     assert error_of(text).startswith(said)
 
 
+NAMES = "x" * 5000, "two\\nlines", "\\e[2J"  # escaped as in YAML's double quotes
+
+
+@pytest.mark.parametrize("name", NAMES, ids=["long", "lines", "terminal"])
+def test_names_that_would_fill_a_message_are_shortened(name: str) -> None:
+    around = "\nmodifiers:\n  - !DistillationModifier\n"
+    texts = [
+        f'"{name}": 1\n"{name}": 2{around}',
+        f'"{name}": eval(y){around}',
+        f'"{name}": {{a: 1, a: 2}}{around}',
+        f'"{name}": {{modifiers: []}}\n"{name}": {{modifiers: []}}{around}',
+        f'"{name} modifiers": 3\n',
+        f'modifiers:\n  - "{name}"\n',
+        f'modifiers:\n  - "{name}": 3\n',
+        f'modifiers:\n  - "{name}": {{}}\n',
+        f'modifiers:\n  - "{name}": {{x: eval(y)}}\n',
+        tag("DistillationModifier", f'"{name}": 3'),
+        tag("DistillationModifier", f'hardness: "{name}"'),
+        tag("DistillationModifier", f'"{name}": eval(y)'),
+        tag("DistillationModifier", f'hardness: "eval({name})"'),
+        f'"{name}": 3\n' + tag("DistillationModifier", "hardness: eval(y)"),
+    ]
+    for text in texts:
+        message = error_of(text)
+        assert message.isprintable() and len(message) < 500, text
+    assert len(error_of("x: 1" + around, f"{'y' * 5000}=3")) < 500
+
+
 # front matter, files, overrides
 
 MARKDOWN = [

@@ -15,7 +15,7 @@ from engine.recipe import build
 from engine.recipe.modifiers import EpochRangeModifier, Modifier, QuantizationModifier, Recipe
 from engine.recipe.text import Nodes, nodes_of
 from engine.recipe.tree import Tagged, Tree, is_merge, is_standard, is_tagged
-from engine.recipe.values import ExpressionError, check_size, plain_number, resolve, substitute
+from engine.recipe.values import ExpressionError, check_size, listed, plain_number, resolve, substitute, word
 from utils.errors import InputError, did_you_mean
 from utils.files import existing
 
@@ -67,7 +67,8 @@ def recipe_of(text: str, source: str, args: str = "", markdown: bool = False) ->
         nodes, overrides = nodes_of(text, source, markdown), overrides_of(args)
         recipe = _Reading(nodes, overrides).recipe()
         idle = tuple(
-            f"{ARGS_FLAG}: {name} changes nothing: no modifier uses it, or it is that already" for name in _idle(nodes, overrides, recipe)
+            f"{ARGS_FLAG}: {word(name)} changes nothing: no modifier uses it, or it is that already"
+            for name in _idle(nodes, overrides, recipe)
         )
         return replace(recipe, notes=(*recipe.notes, *idle))
     except RecursionError:  # an alias within itself, too
@@ -102,7 +103,7 @@ def overrides_of(args: str | None) -> dict[str, Any]:
         if not name or not value:
             raise InputError(f"{ARGS_FLAG}: {part.strip()!r} is not NAME=VALUE; several are separated by commas")
         if name in found:
-            raise InputError(f"{ARGS_FLAG}: {name} is given twice")
+            raise InputError(f"{ARGS_FLAG}: {word(name)} is given twice")
         found[name] = _typed(value)
     return found
 
@@ -185,12 +186,12 @@ class _Reading:
                 scope.groups.append((name, value))
             elif stages and _is_stage(value):
                 if name in (s.name for s in self.stages):
-                    raise InputError(f"{self.nodes.where(key)}: the stage {name} is given twice")
+                    raise InputError(f"{self.nodes.where(key)}: the stage {word(name)} is given twice")
                 stage = Scope(name)
                 self._fill(stage, value, stages=False)
                 self.stages.append(stage)
             elif name in scope.variables:
-                raise InputError(f"{self.nodes.where(key)}: {name} is given twice")
+                raise InputError(f"{self.nodes.where(key)}: {word(name)} is given twice")
             else:
                 scope.variables[name] = key, value
 
@@ -200,8 +201,8 @@ class _Reading:
         known = list(dict.fromkeys(name for scope in scopes for name in scope.variables))
         for name in self.overrides:
             if name not in known:
-                has = f"it has {', '.join(known)}" if known else "it has none"
-                raise InputError(f"{ARGS_FLAG}: {self.nodes.source} has no variable {name!r}{did_you_mean(name, known)}; {has}")
+                has = f"it has {listed(known)}" if known else "it has none"
+                raise InputError(f"{ARGS_FLAG}: {self.nodes.source} has no variable {name!r:.80}{did_you_mean(name, known)}; {has}")
         replaced = {}
         for scope in scopes:
             for name in self.overrides.keys() & scope.variables.keys():
@@ -213,7 +214,7 @@ class _Reading:
     def _values(self, scope: Scope) -> dict[str, Any]:
         """Variables that a scope sees, evaluated: its own before the top level's, which were evaluated without them."""
         outer = {} if scope is self.top else self._values(self.top)
-        own = {name: self.overrides.get(name, self.tree.value(value, name)) for name, (_, value) in scope.variables.items()}
+        own = {name: self.overrides.get(name, self.tree.value(value, word(name))) for name, (_, value) in scope.variables.items()}
         seen = {**self.top.variables, **scope.variables}
         return resolve({**outer, **own}, lambda name: self.nodes.where(seen[name][0]))
 
@@ -233,7 +234,9 @@ class _Reading:
         if is_tagged(node):
             yield self.tree.tagged(node)
         elif not is_standard(node):
-            raise InputError(f"{self.nodes.where(node)}: {key}: {node.tag:.60} is no modifier; one is written !Name, with its fields below")
+            raise InputError(
+                f"{self.nodes.where(node)}: {word(key)}: {node.tag:.60} is no modifier; one is written !Name, with its fields below"
+            )
         elif isinstance(node, yaml.SequenceNode):
             for item in node.value:
                 yield from self._tagged(item, key)
@@ -242,7 +245,7 @@ class _Reading:
                 yield self.tree.tagged(name, body)
         elif node.value not in ("", "null", "~"):
             raise InputError(
-                f"{self.nodes.where(node)}: {key}: {node.value!r:.60} is no modifier; one is written !Name, with its fields below"
+                f"{self.nodes.where(node)}: {word(key)}: {node.value!r:.60} is no modifier; one is written !Name, with its fields below"
             )
 
 
@@ -253,7 +256,7 @@ def _evaluated(tagged: Tagged, values: Mapping[str, Any]) -> Tagged:
             fields[name] = substitute(value, values)
             check_size(fields[name])
         except ExpressionError as error:
-            raise InputError(f"{tagged.lines[name]}: {tagged.name}: {name}: {error}") from None
+            raise InputError(f"{tagged.lines[name]}: {word(tagged.name)}: {word(name)}: {error}") from None
     return Tagged(tagged.name, fields, tagged.where, tagged.lines)
 
 

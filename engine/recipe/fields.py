@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.recipe.modifiers import ALL, ALL_PRUNABLE
 from engine.recipe.tree import Tagged
+from engine.recipe.values import word
 from utils.errors import InputError, did_you_mean
 
 Check = Callable[[Any], Any]
@@ -49,7 +50,7 @@ class Entry:
     def error(self, name: str, message: str) -> InputError:
         """An error about a field, or about the modifier where `name` is empty or is not given."""
         where = self.tagged.lines.get(name, self.tagged.where)
-        return InputError(f"{where}: {self.tagged.name}: {f'{name}: ' if name else ''}{message}")
+        return InputError(f"{where}: {word(self.tagged.name)}: {f'{word(name)}: ' if name != '' else ''}{message}")
 
     def note(self, name: str, message: str) -> None:
         """Remember for the log what is read otherwise than a reader of the recipe might think."""

@@ -10,7 +10,7 @@ import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
 from engine.recipe.text import Nodes
-from engine.recipe.values import BITS, plain_number
+from engine.recipe.values import BITS, plain_number, word
 from utils.errors import InputError
 
 _STANDARD = "tag:yaml.org,2002:"
@@ -69,14 +69,14 @@ class Tree:
         if body is None:
             body = tag
         elif is_tagged(body):
-            raise InputError(f"{where}: {name}: !{tag_name(body)} stands behind a name; a modifier is written - !{tag_name(body)}")
+            raise InputError(f"{where}: {word(name)}: !{tag_name(body)} stands behind a name; a modifier is written - !{tag_name(body)}")
         elif isinstance(tag, yaml.ScalarNode) and is_tagged(tag) and tag.value:
-            raise InputError(f"{where}: {name} has {tag.value!r:.60} behind it; its fields stand on lines of their own")
+            raise InputError(f"{where}: {word(name)} has {tag.value!r:.60} behind it; its fields stand on lines of their own")
         if isinstance(body, yaml.ScalarNode) and body.value in ("", "null", "~"):
             return Tagged(name, {}, where, {})
         if not isinstance(body, yaml.MappingNode) or not (body is tag or body.tag == _STANDARD + "map"):
-            raise InputError(f"{where}: {name} needs fields, as in start_epoch: 0.0")
-        fields, lines = self._mapping(body, name)
+            raise InputError(f"{where}: {word(name)} needs fields, as in start_epoch: 0.0")
+        fields, lines = self._mapping(body, word(name))
         return Tagged(name, fields, where, lines)
 
     def _mapping(self, node: yaml.MappingNode, place: str) -> tuple[dict[Any, Any], dict[Any, str]]:
@@ -93,8 +93,8 @@ class Tree:
                 raise InputError(f"{self.nodes.where(key)}: {place}: a key must be a name or a number")
             name = self._scalar(key, place)
             if name in made:
-                raise InputError(f"{self.nodes.where(key)}: {place}: {key.value} is given twice")
-            made[name] = self.value(value, f"{place}: {key.value}")
+                raise InputError(f"{self.nodes.where(key)}: {place}: {word(key.value)} is given twice")
+            made[name] = self.value(value, f"{place}: {word(key.value)}")
             lines[name] = self.nodes.where(key)
         for part, where in merged:
             for name, value in part.items():

@@ -45,6 +45,18 @@ class ExpressionError(ValueError):
     """What is wrong with an expression; who knows where it stands makes an `InputError` of it."""
 
 
+def word(name: Any) -> str:
+    """A name for a message: on one line, and not too long."""
+    text = str(name)
+    return text if len(text) <= 80 and text.isprintable() else f"{text[:60]!r}..."
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for a message, not too many."""
+    shown = [word(name) for name in names]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
+
+
 def plain_number(text: str) -> int | float | str:
     """`text` as a number where it looks like one, `10e-6` and `1e3` included (strings to YAML 1.1); otherwise `text` itself."""
     stripped = text.strip()
@@ -80,7 +92,7 @@ def substitute(value: Any, names: Mapping[str, Any]) -> Any:
         try:
             return evaluate(inner, names)
         except ExpressionError as error:
-            raise ExpressionError(f"{value.strip()}: {error}") from None
+            raise ExpressionError(f"{word(value.strip())}: {error}") from None
     if isinstance(value, list):
         return [substitute(v, names) for v in value]
     if isinstance(value, dict):
@@ -112,15 +124,17 @@ def resolve(variables: Mapping[str, Any], where: Callable[[str], str]) -> dict[s
         needs = {name: {n for n in _names_in(value) if n in variables} for name, value in variables.items()}
         order = list(TopologicalSorter(needs).static_order())
     except CycleError as error:
-        circle = [str(name) for name in reversed(error.args[1])]
-        raise InputError(f"{where(circle[0])}: {circle[0]} depends on itself: {' -> '.join(circle)}") from None
+        circle = list(reversed(error.args[1]))
+        steps = [word(name) for name in circle]
+        told = steps if len(steps) <= 20 else [*steps[:19], "...", steps[-1]]
+        raise InputError(f"{where(circle[0])}: {steps[0]} depends on itself: {' -> '.join(told)}") from None
     resolved = dict(variables)  # with those that are still expressions, so that an error can name all variables
     for name in order:
         try:
             resolved[name] = substitute(variables[name], resolved)
             check_size(resolved[name])
         except ExpressionError as error:
-            raise InputError(f"{where(name)}: {name}: {error}") from None
+            raise InputError(f"{where(name)}: {word(name)}: {error}") from None
     return resolved
 
 
@@ -167,7 +181,7 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> int | float:
 
 def _variable(node: ast.Name, names: Mapping[str, Any]) -> Any:
     if node.id not in names:
-        known = f"; variables are: {', '.join(names)}" if names else "; there are no variables"
+        known = f"; variables are: {listed(names)}" if names else "; there are no variables"
         raise ExpressionError(f"there is no variable {node.id!r}{did_you_mean(node.id, names) or known}")
     return names[node.id]
 
