@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from engine.options import TrainOptions
 from engine.recipe.document import overrides_of, read_recipe, recipe_of
 from engine.recipe.modifiers import (
     DistillationModifier,
@@ -20,6 +21,7 @@ from engine.recipe.modifiers import (
     SetLearningRateModifier,
     SetWeightDecayModifier,
 )
+from engine.recipe.run import open_recipe, saved_recipe
 from engine.recipe.writer import to_yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -211,6 +213,16 @@ def test_files(tmp_path: Path, suffix: str, mark: str) -> None:
     file.write_text(mark + text, encoding="utf-8")
     recipe = read_recipe(str(file))
     assert recipe.modifiers == GMP and recipe.source == str(file)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".md", ".MD"])
+def test_a_resumed_run_reads_what_the_started_one_read(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"r{suffix}"
+    file.write_text(f"title\n---\n{ANCHORED}---\n" if suffix.lower() == ".md" else ANCHORED)
+    options, recipe = open_recipe(TrainOptions(data="d.yaml", recipe=str(file), recipe_args="num_epochs=7"))
+    file.unlink()
+    assert recipe is not None and recipe.epochs == options.epochs == 7
+    assert saved_recipe(options) == recipe
 
 
 def test_a_yaml_file_is_not_cut() -> None:

@@ -7,7 +7,9 @@ import re
 
 import pytest
 
+from engine.recipe.document import recipe_of
 from engine.recipe.selectors import prunable, select
+from engine.recipe.trainable import TrainableTransition
 from models.network import Network
 from models.yaml_reader import from_spec
 from tests.helpers import SMALL_CLASSIFIER, small, stock
@@ -107,3 +109,12 @@ def test_only_the_misses_are_named(network: Network) -> None:
 def test_a_broken_pattern(network: Network) -> None:
     with pytest.raises(InputError, match=r"^r.yaml:7: params: 're:\(' is no regular expression \("):
         select(["re:("], network, "r.yaml:7", strict=False)
+
+
+def test_the_modifier_is_named() -> None:
+    recipe = recipe_of("modifiers:\n  - !TrainableParamsModifier {params: [model.0.conv.wieght], trainable: false}\n", "r.yaml")
+    with pytest.raises(
+        InputError,
+        match="^r.yaml:2: TrainableParamsModifier: params: no parameter of this model is matched by 'model.0.conv.wieght'; did you",
+    ):
+        TrainableTransition(recipe, Network(small()))

@@ -44,7 +44,12 @@ def read_recipe(path: str, args: str = "") -> Recipe:
     file = existing(path, FLAG)
     if file.suffix.lower() not in SUFFIXES:
         raise InputError(f"{FLAG} {path}: a recipe is a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    return recipe_of(_text(file), str(path), args, markdown=file.suffix.lower() == ".md")
+    return recipe_of(_text(file), str(path), args, is_markdown(path))
+
+
+def is_markdown(path: str) -> bool:
+    """Whether the recipe in a file stands in its front matter."""
+    return path.lower().endswith(".md")
 
 
 def _text(file: Path) -> str:

@@ -18,7 +18,7 @@ from engine.objectives import DetectionObjective, read_teacher
 from engine.observers import TensorBoard
 from engine.options import TrainOptions
 from engine.recipe.distill import RecipeDistillation
-from engine.recipe.document import read_recipe, recipe_of
+from engine.recipe.document import is_markdown, read_recipe, recipe_of
 from engine.recipe.modifiers import (
     PRUNING,
     DistillationModifier,
@@ -68,7 +68,7 @@ def saved_recipe(options: TrainOptions) -> Recipe | None:
     """The recipe of a run that is resumed, as its file was when it started."""
     if not options.recipe:
         return None
-    return recipe_of(options.recipe_text, options.recipe, options.recipe_args, markdown=options.recipe.endswith(".md"))
+    return recipe_of(options.recipe_text, options.recipe, options.recipe_args, markdown=is_markdown(options.recipe))
 
 
 def _check(modifier: Modifier, epochs: int) -> None:

@@ -24,7 +24,7 @@ class TrainableTransition:
 
     def __init__(self, recipe: Recipe, network: Network) -> None:
         modifiers = sorted(recipe.of(TrainableParamsModifier), key=lambda m: m.start)
-        self.chosen = [(m, select(m.params, network, m.where, m.params_strict)) for m in modifiers]
+        self.chosen = [(m, select(m.params, network, f"{m.where}: {m.tag}", m.params_strict)) for m in modifiers]
         self.own = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
         for m, _ in self.chosen:
             if not any(self.flags(first_epoch(m.start)).values()):
