@@ -401,7 +401,7 @@ QAT_AT = "modifiers:\n  - !QuantizationModifier\n    start_epoch: {}\n"
         (QAT_AT.format(50), {"epochs": 30}, r"yaml:2: QuantizationModifier starts at epoch 50, the run has 30 epochs: it would never act"),
         (QAT_AT.format(2.5), {}, "QuantizationModifier starts at epoch 2.5, the run has 3 epochs"),
         (QAT_AT.format(0) + QAT_AT.format(1)[len("modifiers:\n") :], {}, "a network cannot be quantised twice"),
-        (QAT_AT.format(0) + "    submodules: ['modle']\n", {}, "modle: the model has no convolution under that path"),
+        (QAT_AT.format(0) + "    submodules: ['modle']\n", {}, "QuantizationModifier: quantisation of modle: the model has no convolution under that path"),
         ("modifiers:\n  - !DistillationModifier {}\n", {}, "DistillationModifier needs a teacher: --t_weight TEACHER.pt, or self"),
         (QAT_AT.format(0), {"recipe_teacher": "start.pt"}, "has no DistillationModifier, so nothing would distil from it"),
         ("modifiers:\n  - !ConstantPruningModifier\n    params: ['model.0.conv.wieght']\n", {}, "model.0.conv.wieght"),

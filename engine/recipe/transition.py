@@ -47,7 +47,6 @@ class QuantizationTransition:
                 "before quantisation (best_dense.pt or best_pruned.pt of its run), or leave the modifier out to train the quantised one on"
             )
         self.scheme = scheme_of(self.modifier, blocks)
-        quant_plan(blocks, self.scheme)
         self.start = first_epoch(self.modifier.start)
 
     def before_epoch(self, loop: Loop, epoch: int) -> None:
@@ -82,7 +81,10 @@ class QuantizationTransition:
 
 
 def scheme_of(modifier: QuantizationModifier, blocks: Blocks) -> QuantScheme:
-    """What `modifier` asks for, without the entries of `submodules` and `ignore` that stand for layers without weights, which have no say."""
+    """What `modifier` asks for, without the entries of `submodules` and `ignore` that stand for layers without weights, which have no say.
+
+    Raises `InputError` for paths that name nothing, and where no convolution is left.
+    """
     empty = {b.name for b in blocks if b.name and not any(_inside(c.name, b.name) for c in blocks if c.kind == "convolutional")}
     passed = [entry for entry in (*modifier.modules, *modifier.ignore) if entry in empty | _WITHOUT_WEIGHTS]
     if passed:
@@ -91,7 +93,12 @@ def scheme_of(modifier: QuantizationModifier, blocks: Blocks) -> QuantScheme:
     if modifier.modules and not modules:
         raise InputError(f"{modifier.where}: QuantizationModifier: none of the submodules has a convolution")
     ignore = tuple(entry for entry in modifier.ignore if entry not in passed)
-    return QuantScheme(modifier.symmetric, modifier.reduce_range, modules, ignore)
+    scheme = QuantScheme(modifier.symmetric, modifier.reduce_range, modules, ignore)
+    try:
+        quant_plan(blocks, scheme)
+    except InputError as error:
+        raise InputError(f"{modifier.where}: QuantizationModifier: {error}") from None
+    return scheme
 
 
 def _inside(path: str, module: str) -> bool:
