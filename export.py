@@ -1,6 +1,7 @@
 """Write a checkpoint for other programs: a Darknet pair, ONNX, OpenVINO, TorchScript, beside the weights.
 
 python export.py --weights runs/train/exp/weights/best.pt --include darknet onnx openvino torchscript
+python export.py --weights runs/train/exp/weights/best.pt --include onnx openvino --int8 --data data/digits.yaml
 """
 
 from utils.errors import run_script
@@ -20,6 +21,11 @@ def main(argv: Argv = None) -> None:
     p.add_argument("--iou-thres", "--iou", type=float, default=0.45, help="with --nms: IoU above which a box suppresses another")
     p.add_argument("--max-det", type=int, default=1000, help="with --nms: rows per image")
     p.add_argument("--opset", type=int, default=17, help="version of ONNX's operators, 12 to 21")
+    p.add_argument("--int8", action="store_true", help="onnx, openvino: quantise, with the ranges that the images of --data give")
+    p.add_argument("--tensorrt", action="store_true", help="int8 without zero points, an ONNX file for TensorRT")
+    p.add_argument("--data", default="", help="with --int8: dataset .yaml, or Darknet .data, whose training images calibrate")
+    p.add_argument("--calibration", default="percentile", metavar="METHOD", help="with --int8: minmax, percentile or entropy")
+    p.add_argument("--calibration-images", type=int, default=128, metavar="N", help="with --int8: how many images")
     p.add_argument("--half", action="store_true", help="refused: files are written in float32")
     p.add_argument("--simplify", action="store_true", help="does nothing: the graph is written simple")
     add_device(p, workers=False)
