@@ -24,7 +24,7 @@ from engine.recalibrate import recalibrate
 from engine.reporting import write_json
 from models.blocks import Blocks, image_multiple, is_classifier
 from models.cfg import write_cfg
-from models.checkpoint import Model, load_model, read_structure, require_detector, save_model, with_batch_norms
+from models.checkpoint import Model, load_model, read_structure, require_detector, require_float, save_model, with_batch_norms
 from models.network import Network, fuse, init_detect_biases
 from pruning.backbone import backbone_end, backbone_plan, graft, grafted_state, method_criterion, wider_or_narrower
 from pruning.criteria import scores_of
@@ -67,11 +67,11 @@ def prune_backbone(options: BackboneOptions) -> Path | None:
     if options.into:
         existing(options.into, "--into")
     model = load_model(o.weights) if options.into else _load(o)
-    model = with_batch_norms(model, o.weights)
+    model = with_batch_norms(require_float(model, o.weights), o.weights)
     if is_classifier(model.blocks) and not options.into and not o.cfg:
         return _finish_classifier(o, model, backbone_cut(model, options))
     if options.into:
-        target = require_detector(load_model(options.into), options.into)
+        target = require_float(require_detector(load_model(options.into), options.into), options.into)
         model, teacher = combined(model, with_batch_norms(target, options.into), options, fresh=False), options.into
         o = replace(o, weights=options.into)
     elif is_classifier(model.blocks):

@@ -24,7 +24,7 @@ from engine.samples import sample_pairs
 from engine.scoring import CalibrationData, Scoring, score_model
 from models.blocks import Blocks, image_multiple
 from models.cfg import write_cfg
-from models.checkpoint import Model, load_model, require_detector, save_model, with_batch_norms
+from models.checkpoint import Model, load_model, require_detector, require_float, save_model, with_batch_norms
 from models.network import fuse
 from pruning.budget import Budgeted, Target, cost_of, select_for, shown
 from pruning.criteria import Scores, gamma_scores
@@ -98,7 +98,7 @@ class Job:
 def prepare(options: PruneOptions) -> Job:
     """Load the checkpoint and the validation data; raise `InputError` for whatever does not fit."""
     model = require_detector(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
-    return job_for(options, with_batch_norms(model, options.weights), str(options.weights))
+    return job_for(options, with_batch_norms(require_float(model, options.weights), options.weights), str(options.weights))
 
 
 def job_for(options: PruneOptions, model: Model, teacher: str) -> Job:

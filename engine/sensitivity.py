@@ -25,7 +25,7 @@ from engine.recalibrate import recalibrate, training_batches
 from engine.scoring import CalibrationData, Scoring, score_model
 from engine.sensitivity_report import layer_list, write_results
 from models.blocks import flops, image_multiple, parameters
-from models.checkpoint import Model, load_model, require_detector, with_batch_norms
+from models.checkpoint import Model, load_model, require_detector, require_float, with_batch_norms
 from models.network import fuse
 from pruning.criteria import Scores
 from pruning.layerwise import PrunableLayer, mask_alone, prunable_layers
@@ -155,7 +155,7 @@ def resume(folder: str | Path, typed: Mapping[str, Any]) -> Path:
 def _prepare(o: SensitivityOptions) -> Study:
     """Load all that is needed; raise `InputError` for whatever does not fit."""
     model = require_detector(load_model(o.weights, o.cfg or None, o.dialect), o.weights)
-    model = with_batch_norms(model, o.weights)
+    model = with_batch_norms(require_float(model, o.weights), o.weights)
     device = select_device(o.device)
     imgsz = multiple(o.imgsz or model.imgsz, image_multiple(model.blocks))
     spaces = excluding(find_spaces(model.blocks), model.blocks, o.exclude)

@@ -341,6 +341,13 @@ def with_batch_norms(model: Model, weights: str | Path) -> Model:
     return model
 
 
+def require_float(model: Model, weights: str | Path) -> Model:
+    """Return `model` if it is not quantised; raise `InputError`, for what changes structures, if it is."""
+    if model.quantization is not None:
+        raise InputError(f"{weights}: is quantised; prune the checkpoint before quantisation, fine-tune it and quantise then")
+    return model
+
+
 def require_detector(model: Model, weights: str | Path) -> Model:
     """Return `model` if it detects; raise `InputError` if it is a classifier."""
     if is_classifier(model.blocks):
