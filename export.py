@@ -26,6 +26,11 @@ def main(argv: Argv = None) -> None:
     p.add_argument("--data", default="", help="with --int8: dataset .yaml, or Darknet .data, whose training images calibrate")
     p.add_argument("--calibration", default="percentile", metavar="METHOD", help="with --int8: minmax, percentile or entropy")
     p.add_argument("--calibration-images", type=int, default=128, metavar="N", help="with --int8: how many images")
+    p.add_argument(
+        "--one-shot", action="store_true", help="with --recipe: prune and quantise as it ends, without training, and write that .pt too"
+    )
+    p.add_argument("--recipe", default="", help="with --one-shot: the recipe")
+    p.add_argument("--recipe-args", default="", help="values for the recipe's variables: NAME=VALUE,NAME=VALUE or a JSON object")
     p.add_argument("--half", action="store_true", help="refused: files are written in float32")
     p.add_argument("--simplify", action="store_true", help="does nothing: the graph is written simple")
     add_device(p, workers=False)

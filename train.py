@@ -4,16 +4,31 @@ python train.py --weights yolov5s.pt --data data/mine.yaml --img 640 --batch 16 
 python train.py --weights '' --cfg models/yolov5n.yaml --data data/digits.yaml --hyp hyp.digits.yaml --img 128 --optimizer AdamW
 """
 
+from argparse import Namespace
+
 from engine.train_flags import add_train_flags, start, train_options
-from utils.errors import run_script
+from utils.errors import InputError, run_script
 from utils.flags import Argv, parser
 
 
 def main(argv: Argv = None) -> None:
     p = parser(__doc__)
     add_train_flags(p, epochs=100)
+    p.add_argument("--one-shot", action="store_true", help="apply the --recipe at once, without training: prune, and calibrate on --data")
     args = p.parse_args(argv)
-    start(args, train_options(args))
+    if args.one_shot:
+        start_one_shot(args)
+    else:
+        start(args, train_options(args))
+
+
+def start_one_shot(args: Namespace) -> None:
+    """What of the flags counts where nothing is trained."""
+    from engine.one_shot import OneShotOptions, one_shot
+
+    if args.cfg or args.resume:
+        raise InputError("--one-shot: takes the checkpoint of --weights as it is; leave out --cfg and --resume")
+    one_shot(OneShotOptions(args.weights, args.recipe, args.data, args.recipe_args, args.imgsz, args.project, args.name, args.exist_ok))
 
 
 if __name__ == "__main__":

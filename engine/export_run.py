@@ -20,6 +20,9 @@ from engine.calibrate import IMAGES, METHOD, CalibrationOptions
 from engine.export_check import LIMITS, Gap, Reference, gap, run_onnx, run_opencv, run_openvino, run_torchscript
 from engine.export_int8 import FORM, int8_model, size_text
 from engine.int8_check import MeanGap, RoundedReference
+from engine.one_shot import apply_recipe, one_shot_path, save_one_shot
+from engine.recipe.document import read_recipe
+from engine.sparsity_report import onnx_sparsity, total
 from models.blocks import is_classifier
 from models.checkpoint import Model, load_model
 from models.darknet import darknet_obstacles, pair_files, pair_path
@@ -29,6 +32,7 @@ from models.onnx_graph import OPSET, check_opset
 from models.onnx_qdq import check_opset_for_int8
 from models.onnx_writer import OUTPUT, PREDICTIONS, onnx_model
 from models.openvino_ir import openvino_files
+from models.quantization import QuantScheme
 from models.torchscript import torchscript_bytes
 from utils.errors import InputError, did_you_mean
 from utils.extras import require
@@ -46,7 +50,7 @@ class ExportOptions:
     """What to write. `imgsz`: one side, or height and width; None: the size the checkpoint was trained at. The thresholds count with `nms`.
 
     `int8`: quantise a float checkpoint by `calibration` on so many images of `data`; one that is quantised becomes int8 anyway. `tensorrt`: int8 without
-    zero points, an ONNX file for TensorRT.
+    zero points, an ONNX file for TensorRT. `one_shot`: prune and quantise as `recipe` ends, and write that checkpoint too.
     """
 
     weights: str
@@ -69,6 +73,9 @@ class ExportOptions:
     data: str = ""
     calibration: str = METHOD
     calibration_images: int = IMAGES
+    recipe: str = ""
+    recipe_args: str = ""
+    one_shot: bool = False
 
     def __post_init__(self) -> None:
         for name in self.include:
@@ -91,6 +98,10 @@ class ExportOptions:
             raise InputError(f"--int8: {floats[0]} holds floating-point numbers only; int8 is for {' and '.join(INT8)}")
         if self.tensorrt and self.formats != ("onnx",):
             raise InputError("--tensorrt: is an ONNX file, whose activations are symmetric; write other formats by a command of their own")
+        if self.one_shot != bool(self.recipe) or (self.recipe_args and not self.recipe):
+            raise InputError(
+                "--recipe R --one-shot: go together, since an export does not train; name both, or train with train.py --recipe R"
+            )
         self.calibrate  # noqa: B018 - raises for a method that there is not
 
     @property
@@ -117,7 +128,25 @@ def export(options: ExportOptions) -> list[Path]:
     model = load_model(options.weights, options.cfg or None, options.dialect)
     if options.nms and is_classifier(model.blocks):
         raise InputError(f"--nms: {options.weights} is a classifier, which has nothing to suppress")
+    if options.one_shot:
+        return _one_shot(options, model)
     return write_formats(options, _quantized(options, model))
+
+
+def _one_shot(options: ExportOptions, model: Model) -> list[Path]:
+    """The checkpoint that a recipe leads to without training, and its formats."""
+    recipe = read_recipe(options.recipe, options.recipe_args)
+    scheme = QuantScheme(symmetric=options.tensorrt) if options.int8 or options.tensorrt else None
+    made = apply_recipe(model, recipe, options.calibrate, options.weights, scheme)
+    path = one_shot_path(options.weights)
+    options = replace(options, weights=str(path), data="")
+    exported = _quantized(options, made.model)
+    save_one_shot(made, path)
+    written = write_formats(options, exported)
+    for file in written:
+        if file.suffix == ".onnx" and made.pruned:
+            LOGGER.info(f"zeros in {file}: {total(onnx_sparsity(file)).share:.2%} of all convolutions' weights")
+    return written
 
 
 def _quantized(options: ExportOptions, model: Model) -> Model:
