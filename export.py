@@ -24,7 +24,7 @@ def main(argv: Argv = None) -> None:
     p.add_argument("--int8", action="store_true", help="onnx, openvino: quantise, with the ranges that the images of --data give")
     p.add_argument("--tensorrt", action="store_true", help="int8 without zero points, an ONNX file for TensorRT")
     p.add_argument("--data", default="", help="with --int8: dataset .yaml, or Darknet .data, whose training images calibrate")
-    p.add_argument("--calibration", default="percentile", metavar="METHOD", help="with --int8: minmax, percentile or entropy")
+    p.add_argument("--calibration", default="minmax", metavar="METHOD", help="with --int8: minmax, percentile or entropy")
     p.add_argument("--calibration-images", type=int, default=128, metavar="N", help="with --int8: how many images")
     p.add_argument(
         "--one-shot", action="store_true", help="with --recipe: prune and quantise as it ends, without training, and write that .pt too"

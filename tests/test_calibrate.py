@@ -172,7 +172,9 @@ def test_calibration_adds_ranges_and_changes_nothing_else(model: Model, data: Pa
 
 
 def test_batches_do_not_matter_to_percentiles(model: Model, data: Path) -> None:
-    one, other = (calibrated(model, CalibrationOptions(str(data), batch_size=n), AFFINE, CPU).quantization.ranges for n in (2, 7))
+    one, other = (
+        calibrated(model, CalibrationOptions(str(data), "percentile", batch_size=n), AFFINE, CPU).quantization.ranges for n in (2, 7)
+    )
     for name, pair in one.items():
         assert pair == pytest.approx(other[name], rel=0.01, abs=0.01)
 
@@ -190,7 +192,7 @@ def test_as_many_images_as_asked_for_drawn_by_the_seed(model: Model, data: Path,
 
 def test_images_may_have_another_shape(model: Model, data: Path, capsys) -> None:
     calibrated(model, CalibrationOptions(str(data), imgsz=(33, 96)), AFFINE, CPU)
-    assert "at 48x96 px, percentile" in capsys.readouterr().out
+    assert "at 48x96 px, minmax" in capsys.readouterr().out
 
 
 def test_what_cannot_be_calibrated_is_told(model: Model, data: Path, tmp_path: Path) -> None:
