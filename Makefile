@@ -38,6 +38,7 @@ bench: $(EXPORT)
 	$(BIN)/python benchmarks/prune_time.py
 	$(BIN)/python benchmarks/latency.py --divisor 16
 	$(BIN)/python benchmarks/latency.py --alignment --batch 1
+	$(BIN)/python benchmarks/latency.py --int8 --divisor 16 --batch 1
 	$(BIN)/python benchmarks/latency_layers.py
 	$(BIN)/python benchmarks/agreement.py
 
