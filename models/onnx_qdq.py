@@ -29,7 +29,8 @@ class Rounding:
     def __init__(self, graph: Graph, blocks: Blocks, quantization: Quantization) -> None:
         check_opset_for_int8(graph.opset)
         self.graph, self.blocks, self.q, self.form = graph, blocks, quantization, quantization.form
-        self.kind = np.int8 if quantization.scheme.symmetric else np.uint8
+        signed = quantization.scheme.symmetric and self.form.signed
+        self.kind, self.shift = (np.int8 if signed else np.uint8), (128 if quantization.scheme.symmetric and not signed else 0)
 
     def convolution(self, index: int, block: Block, weight: Tensor, bias: Tensor | None) -> list[str]:
         """The weights and the bias of a convolution, as its inputs behind the first."""
@@ -39,7 +40,7 @@ class Rounding:
         if integer:
             products = q.product_scales(index, weight, bias)
             scales = products / q.parameters_of(q.plan.output[block.inputs[0]])[0]
-        values = (weight / scales[:, None, None, None]).round().clamp(-levels, levels)
+        values = (q.rounded_weight(weight) / scales[:, None, None, None]).round().clamp(-levels, levels)  # torch's integers, ties too
         parts = [self._dequantized(values.numpy().astype(np.int8), scales.numpy(), f"{block.name}.weight")]
         name = f"{block.name}.bias"
         if integer:
@@ -84,7 +85,7 @@ class Rounding:
         return self._pair(x, float(scale), int(zero), name)
 
     def _pair(self, x: str, scale: float, zero: int, name: str) -> str:
-        inputs = self.graph.constant(scale), self.graph.constant(zero, self.kind)
+        inputs = self.graph.constant(scale), self.graph.constant(zero + self.shift, self.kind)
         quantized = self.graph.node("QuantizeLinear", x, *inputs, name=f"{name}.quantized")
         return self.graph.node("DequantizeLinear", quantized, *inputs, name=f"{name}.rounded")
 

@@ -59,18 +59,21 @@ class Form:
     """Which of the plan's roundings a runtime is given; which is fastest is measured, see docs/quantization.md.
 
     inner: around activation functions.  branches: where a convolution's output goes into a residual add and nowhere else.  moved: once more behind blocks
-    that move values.  bias: int32, at the scale of the products.
+    that move values.  bias: int32, at the scale of the products.  signed: symmetric activations are written as -128..127, not as 0..255 around 128.
     """
 
     inner: bool = True
     branches: bool = True
     moved: bool = True
     bias: bool = True
+    signed: bool = True
 
 
 FORMS = {
     "onnxruntime": Form(),
-    "openvino": Form(inner=False, branches=False, moved=False, bias=False),
+    "openvino": Form(
+        inner=False, branches=False, moved=False, bias=False, signed=False
+    ),  # it takes int8 without a zero point for another scale
     "tensorrt": Form(inner=False, branches=False, bias=False),
 }
 
@@ -95,7 +98,12 @@ class QuantPlan:
 
 def path_of(block: Block, index: int) -> str:
     """The name of a block's values, the same before and after its batch norm is folded."""
-    return (block.name or f"{block.kind}.{index}").removesuffix(".conv")
+    return _unit(block.name or f"{block.kind}.{index}")
+
+
+def _unit(path: str) -> str:
+    """The module whose convolution `path` is, or itself: Focus, too, holds its own in a `.conv`."""
+    return re.sub(r"(\.conv)+$", "", path)
 
 
 def quant_plan(blocks: Blocks, scheme: QuantScheme) -> QuantPlan:
@@ -132,11 +140,12 @@ def _convolutions(blocks: Blocks, scheme: QuantScheme) -> frozenset[int]:
     paths = {i: path_of(b, i) for i, b in enumerate(blocks) if b.kind == "convolutional"}
     known = {".".join(parts[:n]) for path in paths.values() for parts in [path.split(".")] for n in range(1, len(parts) + 1)}
     layers = max((int(path.split(".")[1]) for path in paths.values() if re.match(r"model\.\d+(\.|$)", path)), default=-1)
-    for entry in (*scheme.modules, *scheme.ignore):  # a layer without convolutions, an upsample say, is often listed with the others
+    modules, ignore = ([path if path in known else _unit(path) for path in entries] for entries in (scheme.modules, scheme.ignore))
+    for entry in (*modules, *ignore):  # a layer without convolutions, an upsample say, is often listed with the others
         if entry not in known and entry not in {f"model.{i}" for i in range(layers)}:
             raise InputError(f"quantisation of {entry}: the model has no convolution under that path{did_you_mean(entry, known)}")
-    inside = {i for i, path in paths.items() if not scheme.modules or any(_under(path, m) for m in scheme.modules)}
-    found = frozenset(i for i in inside if not any(_under(paths[i], m) for m in scheme.ignore))
+    inside = {i for i, path in paths.items() if not modules or any(_under(path, m) for m in modules)}
+    found = frozenset(i for i in inside if not any(_under(paths[i], m) for m in ignore))
     if not found:
         raise InputError("quantisation: no convolution is left to quantise; name fewer under ignore, or more under submodules")
     return found
@@ -214,6 +223,9 @@ class Quantization(nn.Module):
         self.watch: Callable[[int, Tensor], None] | None = None  # calibration looks at each member's values here, and nothing is rounded
         self.register_buffer("low", torch.full((len(self.plan.members),), math.inf))
         self.register_buffer("high", torch.full((len(self.plan.members),), -math.inf))
+        self._image = self.plan.sources.get(0)
+        if self._image is not None:
+            self.low[self._image], self.high[self._image] = 0.0, 1.0
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         """Ranges that come with a state dict, as when a training is resumed, count as observed."""
@@ -311,7 +323,7 @@ class Quantization(nn.Module):
         if self.watch:
             self.watch(member, x)
             return x
-        if self.training and self.observing:
+        if self.training and self.observing and member != self._image:
             self._observe(member, x.detach())
         return self._fake(x, *self.parameters_of(point)) if self._acts else x
 

@@ -137,6 +137,18 @@ def test_modules_and_ignore() -> None:
     assert "input.0" not in network.quantization.plan.members  # only the stem reads the image
 
 
+def test_a_convolution_may_be_named_with_what_holds_it() -> None:
+    blocks = small()
+    assert quant_plan(blocks, QuantScheme(ignore=("model.0.conv",))) == quant_plan(blocks, QuantScheme(ignore=("model.0",)))
+    focus = with_module("Focus", [24, 3])
+    for path in ("model.2.0", "model.2.0.conv"):
+        ignored = {
+            focus[i].name
+            for i in quant_plan(focus, QuantScheme()).convolutions - quant_plan(focus, QuantScheme(ignore=(path,))).convolutions
+        }
+        assert ignored == {"model.2.0.conv"}
+
+
 def test_paths_that_name_nothing_are_errors() -> None:
     with pytest.raises(InputError, match=r"model\.2\.cv9: the model has no convolution under that path; did you mean model\.2\.cv"):
         quant_plan(small(), QuantScheme(ignore=("model.2.cv9",)))
@@ -209,13 +221,18 @@ def test_ranges_follow_what_passes_in_training_alone() -> None:
     quantize(network, QuantScheme())
     q = network.quantization
     network(images())
-    assert torch.isinf(q.low).all() and not q.observed
+    assert torch.isinf(q.low[1:]).all() and not q.observed
     network.train()
+    seen: list[Tensor] = []
+    stem = next(m for m, name in enumerate(q.plan.members) if name == "model.0.pre")
+    observe = q._observe
+    q._observe = lambda member, x: (seen.append(x) if member == stem else None, observe(member, x))
     network(images(0))
-    first = q.high[0].clone()
-    assert first == images(0).max() and q.low[0] == images(0).min()
+    first = q.high[stem].clone()
+    assert first == seen[0].max() and q.low[stem] == seen[0].min().clamp(min=-8)
     network(0.5 * images(1))
-    assert torch.isclose(q.high[0], first + AVERAGING * (0.5 * images(1).max() - first))
+    assert torch.isclose(q.high[stem], first + AVERAGING * (seen[1].max() - first))
+    assert (q.low[0], q.high[0]) == (0, 1)  # an image's bytes, whatever is in it
     before = q.low.clone(), q.high.clone()
     network.eval()
     network(7 * images(2))
