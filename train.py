@@ -5,10 +5,12 @@ python train.py --weights '' --cfg models/yolov5n.yaml --data data/digits.yaml -
 """
 
 from argparse import Namespace
+from dataclasses import fields
 
 from engine.train_flags import add_train_flags, start, train_options
 from utils.errors import InputError, run_script
-from utils.flags import Argv, parser
+from utils.flags import Argv, parser, typed
+from utils.log import LOGGER
 
 
 def main(argv: Argv = None) -> None:
@@ -17,18 +19,22 @@ def main(argv: Argv = None) -> None:
     p.add_argument("--one-shot", action="store_true", help="apply the --recipe at once, without training: prune, and calibrate on --data")
     args = p.parse_args(argv)
     if args.one_shot:
-        start_one_shot(args)
+        start_one_shot(args, typed(p, argv))
     else:
         start(args, train_options(args))
 
 
-def start_one_shot(args: Namespace) -> None:
-    """What of the flags counts where nothing is trained."""
+def start_one_shot(args: Namespace, given: set[str]) -> None:
+    """What of the flags counts where nothing is trained; `given`: those that were typed, since training's defaults mean nothing here."""
     from engine.one_shot import OneShotOptions, one_shot
 
     if args.cfg or args.resume:
         raise InputError("--one-shot: takes the checkpoint of --weights as it is; leave out --cfg and --resume")
-    one_shot(OneShotOptions(args.weights, args.recipe, args.data, args.recipe_args, args.imgsz, args.project, args.name, args.exist_ok))
+    names = {f.name for f in fields(OneShotOptions)}
+    idle = sorted(given - names - {"one_shot"})
+    if idle:
+        LOGGER.info(f"--one-shot: {', '.join('--' + name.replace('_', '-') for name in idle)} count in training alone")
+    one_shot(OneShotOptions(**{name: getattr(args, name) for name in given & names | {"weights", "recipe"}}))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def calibrated(model: Model, options: CalibrationOptions, scheme: QuantScheme, d
     if is_classifier(model.blocks):
         raise InputError(f"{weights}: is a classifier, and calibration reads detection data; only detectors are quantised here")
     network = inference_network(model.network(), Precision(device))
-    dataset = _images(options, network, (multiple(s, network.max_stride) for s in options.imgsz or (model.imgsz,)))
+    dataset = _images(options, model, network, (multiple(s, network.max_stride) for s in options.imgsz or (model.imgsz,)))
     loader = make_loader(dataset, evaluation_workers(options.workers, device))
     precision = Precision(device)
 
@@ -78,9 +78,11 @@ def calibrated(model: Model, options: CalibrationOptions, scheme: QuantScheme, d
     return replace(model, quantization=Ranges(scheme, ranges))
 
 
-def _images(options: CalibrationOptions, network: Network, sides: Iterator[int]) -> DetectionDataset:
+def _images(options: CalibrationOptions, model: Model, network: Network, sides: Iterator[int]) -> DetectionDataset:
     """Images of the training split drawn by the seed, letterboxed as for evaluation."""
     config = read_data(options.data, ("train",))
+    if config.nc != len(model.names):
+        LOGGER.info(f"{options.data} has {config.nc} classes, and the model {len(model.names)}; only its images are looked at")
     labels = scan_labels(config.train, config.nc)
     count = min(options.images, len(labels))
     if count < options.images:

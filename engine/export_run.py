@@ -139,7 +139,7 @@ def _one_shot(options: ExportOptions, model: Model) -> list[Path]:
     scheme = QuantScheme(symmetric=options.tensorrt) if options.int8 or options.tensorrt else None
     made = apply_recipe(model, recipe, options.calibrate, options.weights, scheme)
     path = one_shot_path(options.weights)
-    options = replace(options, weights=str(path), data="")
+    options = replace(options, weights=str(path), data="" if made.model.quantization else options.data)
     exported = _quantized(options, made.model)
     save_one_shot(made, path)
     written = write_formats(options, exported)
@@ -153,8 +153,13 @@ def _quantized(options: ExportOptions, model: Model) -> Model:
     """`model` as it is exported: with the ranges of an int8 file, or as it is."""
     wanted = options.int8 or options.tensorrt
     if model.quantization is None and not wanted:
-        if options.data:
-            LOGGER.info("--data: is read with --int8 alone, to calibrate")
+        flags = {
+            "--data": options.data,
+            "--calibration": options.calibration != METHOD,
+            "--calibration-images": options.calibration_images != IMAGES,
+        }
+        if any(flags.values()):
+            LOGGER.info(f"{', '.join(flag for flag, given in flags.items() if given)}: without --int8 nothing is calibrated")
         return model
     check_opset_for_int8(options.opset)
     if model.quantization is not None and "darknet" in options.formats:

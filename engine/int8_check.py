@@ -27,16 +27,18 @@ NOISES = 3  # times what a nudge moves
 
 @dataclass(frozen=True)
 class MeanGap(Gap):
-    """Mean difference of boxes, in pixels, and of scores, to torch's rounded network; `step`: of that to the float network."""
+    """Mean difference of boxes, in pixels, and of scores, to torch's rounded network; `step`: of that to the float network. A classifier has no boxes."""
 
     step: Gap
+    classifier: bool = False
 
     def __str__(self) -> str:
-        return f"boxes within {self.boxes:.2g} px, scores within {self.scores:.2g} on average"
+        return f"probabilities within {self.scores:.2g} on average" if self.classifier else f"{super().__str__()} on average"
 
     @property
     def told(self) -> str:
-        return f"{self} of torch's int8, which is {self.step.boxes:.2g} px and {self.step.scores:.2g} from float32"
+        boxes = "" if self.classifier else f"{self.step.boxes:.2g} px and "
+        return f"{self} of torch's int8, which is {boxes}{self.step.scores:.2g} from float32"
 
 
 def mean_gap(got: np.ndarray, want: np.ndarray) -> Gap:
@@ -80,11 +82,11 @@ class RoundedReference:
         found = mean_gap(_told_rows(rows), self.rows)
         own, step = self.noise, self.step
         limits = [max(*three) for three in zip(LIMITS[kind], (step.boxes, step.scores), (NOISES * own.boxes, NOISES * own.scores))]
-        gap = MeanGap(found.boxes, found.scores, step)
+        gap = MeanGap(found.boxes, found.scores, step, self.rows.ndim == 2)
         if found.boxes > limits[0] or found.scores > limits[1]:
+            allowed = ("" if gap.classifier else f"{limits[0]:.2g} px and ") + f"{limits[1]:.2g}"
             raise InputError(
-                f"{what}: computes something else than torch's int8 network ({gap}; allowed are {limits[0]:.2g} px and {limits[1]:.2g}), so it was "
-                f"not written{_saturates()}"
+                f"{what}: computes something else than torch's int8 network ({gap}; allowed: {allowed}), so it was not written{_saturates()}"
             )
         return gap
 

@@ -92,13 +92,13 @@ def one_shot_path(weights: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class OneShotOptions:
-    """`train.py --one-shot`: the recipe's end on a checkpoint, in a run folder."""
+    """`train.py --one-shot`: the recipe's end on a checkpoint, in a run folder. `imgsz` None: the size that the checkpoint was trained at."""
 
     weights: str
     recipe: str
     data: str = ""
     recipe_args: str = ""
-    imgsz: int = 640
+    imgsz: int | None = None
     project: str = "runs/train"
     name: str = "exp"
     exist_ok: bool = False
@@ -115,12 +115,13 @@ def one_shot(options: OneShotOptions) -> Path:
     recipe = read_recipe(options.recipe, options.recipe_args)
     check_place(options.project)
     model = load_model(options.weights)
-    calibration = CalibrationOptions(options.data, imgsz=(options.imgsz,))
-    made = apply_recipe(replace(model, imgsz=options.imgsz), recipe, calibration, options.weights)
+    model = replace(model, imgsz=options.imgsz or model.imgsz)
+    made = apply_recipe(model, recipe, CalibrationOptions(options.data), options.weights)
     folder = make_folder(run_folder(options.project, options.name, options.exist_ok) / "weights")
     path = folder / one_shot_path(options.weights).name
     save_one_shot(made, path)
     LOGGER.info(
-        f"results saved to {folder.parent}\nnext: python val.py --weights {path} --data {options.data}\n      python export.py --weights {path}"
+        f"results saved to {folder.parent}\nnext: python val.py --weights {path} --data {options.data or 'DATA.yaml'}\n"
+        f"      python export.py --weights {path}"
     )
     return path

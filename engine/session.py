@@ -31,7 +31,17 @@ from engine.sparsity_seams import add_penalty
 from engine.task import Goal, Task, TrainData
 from models.blocks import Blocks, flops, image_multiple, is_classifier, parameters
 from models.cfg import read_cfg_text, write_cfg
-from models.checkpoint import Model, load_model, read_structure, stripped, transfer, with_anchors_of, with_batch_norms
+from models.checkpoint import (
+    Model,
+    load_model,
+    read_structure,
+    require_float,
+    stripped,
+    transfer,
+    with_anchors_of,
+    with_batch_norms,
+    with_structure,
+)
 from models.network import Network, fuse, init_detect_biases, init_gammas, replace_anchors, synchronise_norms, with_placeholder_anchors
 from models.quantization import quantize
 from models.yaml_reader import ordered_anchors
@@ -104,6 +114,8 @@ def _train(options: TrainOptions, recipe: Recipe | None, folder: Path, resumed: 
     network.to(device, memory_format=torch.channels_last)
     if start.quantization is not None and not (resumed and quantizes(recipe)):  # a resumed recipe quantises as it did
         quantize(network, start.quantization.scheme, start.quantization.ranges)
+        if not resumed:
+            LOGGER.info(f"{options.weights} is quantised: it is trained so, from its own ranges on, and stays so")
     precision = training_precision(device, options.amp and network.quantization is None)
     if options.batch_size == -1:
         each = min(world.gather(largest_batch(network, data.imgsz, precision)))
@@ -147,11 +159,12 @@ def precision_text(precision: Precision) -> str:
 def _start(options: TrainOptions) -> Model:
     """The structure to train, with its own number of classes, and the tensors to start from; from scratch there are none."""
     if options.weights and (options.strict or not options.cfg):
-        return with_batch_norms(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
+        model = with_batch_norms(load_model(options.weights, options.cfg or None, options.dialect), options.weights)
+        return model if options.sr is None else require_float(model, options.weights)
     if options.weights:
         model = with_batch_norms(load_model(options.weights), options.weights)
         blocks = with_anchors_of(model.blocks, read_structure(options.cfg, dialect=options.dialect), options.cfg)
-        return replace(model, blocks=blocks)
+        return with_structure(model, blocks, options.weights, options.cfg)
     if not options.cfg:
         raise InputError("give --weights (a checkpoint to start from), --cfg (a model yaml or cfg to train from scratch), or both")
     return Model(read_structure(options.cfg, dialect=options.dialect), {}, ())

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from models import official
 from models.align import aligned, named_like
-from models.blocks import Block, Blocks, heads, is_classifier, strides
+from models.blocks import OUTPUTS, Block, Blocks, heads, is_classifier, strides
 from models.cfg import read_cfg_text, write_cfg
 from models.cfg_text import read_text
 from models.darknet_weights import read_weights
@@ -329,6 +329,23 @@ def _anchors_pixels(file: official.OfficialCheckpoint, blocks: Blocks, path: Pat
     if len(cells) != len(file.anchors) or file.stride not in (None, tuple(map(float, cells))):
         raise InputError(f"{path}: its Detect layer has {len(file.anchors)} levels with the strides {file.stride}; its yaml gives {cells}")
     return [[(w, h) for w, h in level] for level in (file.anchors * torch.tensor(cells).view(-1, 1, 1)).tolist()]
+
+
+def with_structure(model: Model, blocks: Blocks, weights: str | Path, cfg: str | Path) -> Model:
+    """`model` with the structure of `cfg`, which its tensors need not all fit. Raises `InputError` for a quantised one unless only classes and anchors
+    differ: ranges of other layers say nothing of these."""
+    if model.quantization is not None and _without_data(blocks) != _without_data(model.blocks):
+        raise InputError(
+            f"--cfg {cfg}: is another structure than that of {weights}, which is quantised, with ranges for its own layers alone; leave --cfg out, or start "
+            "from the checkpoint before quantisation"
+        )
+    return replace(model, blocks=blocks)
+
+
+def _without_data(blocks: Blocks) -> list[Block]:
+    """`blocks` without what is set by the data that they are trained on."""
+    last = {j for i in heads(blocks) for j in blocks[i].inputs}
+    return [replace(b, classes=0, anchors=(), channels=0) if b.kind in OUTPUTS or i in last else b for i, b in enumerate(blocks)]
 
 
 def with_batch_norms(model: Model, weights: str | Path) -> Model:

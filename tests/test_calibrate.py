@@ -190,6 +190,11 @@ def test_as_many_images_as_asked_for_drawn_by_the_seed(model: Model, data: Path,
     assert "has 7 training images, and all of them are used" in said and "ranges from 7 images" in said
 
 
+def test_other_classes_are_told(model: Model, data: Path, capsys) -> None:
+    calibrated(replace(model, names=("a",)), CalibrationOptions(str(data), images=1), QuantScheme(), CPU)
+    assert "has 3 classes, and the model 1; only its images are looked at" in capsys.readouterr().out
+
+
 def test_images_may_have_another_shape(model: Model, data: Path, capsys) -> None:
     calibrated(model, CalibrationOptions(str(data), imgsz=(33, 96)), AFFINE, CPU)
     assert "at 48x96 px, minmax" in capsys.readouterr().out

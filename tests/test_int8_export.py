@@ -23,8 +23,9 @@ from engine.prune_run import PruneOptions, prepare
 from engine.val_run import ValOptions, validate
 from models.checkpoint import Model, save_model
 from models.metadata import exported_kind
-from models.quantization import QuantScheme, Ranges
-from tests.helpers import ROOT, alive, small, write_dataset
+from models.quantization import QuantScheme, Ranges, quantize
+from models.yaml_reader import from_spec
+from tests.helpers import ROOT, SMALL_CLASSIFIER, alive, small, write_dataset
 from utils.errors import InputError
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
@@ -243,9 +244,21 @@ def test_what_has_no_int8_form_is_told_and_nothing_is_written(tmp_path: Path, mo
     assert written(tmp_path) == {"m.pt"}
 
 
-def test_data_alone_changes_nothing(tmp_path: Path, model: Model, data: Path, capsys) -> None:
-    assert export(ExportOptions(saved(tmp_path, model), data=str(data)))[0].name == "m.onnx"
-    assert "--data: is read with --int8 alone" in capsys.readouterr().out
+def test_calibration_without_int8_changes_nothing_and_is_told(tmp_path: Path, model: Model, data: Path, capsys) -> None:
+    assert export(ExportOptions(saved(tmp_path, model), data=str(data), calibration="entropy"))[0].name == "m.onnx"
+    assert "--data, --calibration: without --int8 nothing is calibrated" in capsys.readouterr().out
+
+
+def test_a_classifier_has_probabilities_and_no_boxes(tmp_path: Path, capsys) -> None:
+    network = alive(from_spec(SMALL_CLASSIFIER, "classifier"), calm=True)
+    quantize(network, QuantScheme())
+    network.train()
+    network(torch.rand(4, 3, 64, 64))
+    export(
+        ExportOptions(saved(tmp_path, Model(network.blocks, network.weights(), NAMES, imgsz=64, quantization=network.quantization.saved())))
+    )
+    said = capsys.readouterr().out
+    assert "probabilities within" in said and "px" not in said
 
 
 def test_the_script(tmp_path: Path, model: Model, data: Path) -> None:

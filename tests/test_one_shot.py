@@ -19,6 +19,7 @@ from models.checkpoint import Model, load_model, save_model
 from models.quantization import QuantScheme, Ranges
 from pruning.magnitude import magnitude_masks
 from tests.helpers import ROOT, alive, small, write_dataset
+from train import main as train_script
 from utils.errors import InputError
 
 NAMES = ("a", "b", "c")
@@ -113,9 +114,22 @@ def test_export_writes_checkpoint_and_files(tmp_path: Path, model: Model, data: 
 
 def test_train_writes_the_checkpoint_into_a_run_folder(tmp_path: Path, model: Model, data: Path) -> None:
     weights, recipe = saved(tmp_path, model), written(tmp_path, PRUNE + QUANTISE)
-    argv = ["--weights", weights, "--recipe", recipe, "--one-shot", "--data", str(data), "--img", "64", "--project", str(tmp_path / "runs")]
+    argv = [
+        "--weights",
+        weights,
+        "--recipe",
+        recipe,
+        "--one-shot",
+        "--data",
+        str(data),
+        "--epochs",
+        "9",
+        "--project",
+        str(tmp_path / "runs"),
+    ]
     done = subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "--one-shot: --epochs count in training alone" in done.stdout and "at 64x64 px" in done.stdout, "the checkpoint's own size"
     made = load_model(tmp_path / "runs/exp/weights/m_one_shot.pt")
     assert made.quantization.ranges and made.imgsz == 64 and made.training is None
     assert f"results saved to {tmp_path / 'runs/exp'}" in done.stdout
@@ -140,6 +154,8 @@ def test_what_cannot_be_done_at_once_is_told_and_nothing_is_written(tmp_path: Pa
         ExportOptions(weights, one_shot=True)
     with pytest.raises(InputError, match="include darknet: .* is quantised"):
         export(ExportOptions(weights, ("darknet",), recipe=both, one_shot=True, data=str(data)))
+    with pytest.raises(InputError, match=r"both\.yaml:\d+: quantising at once needs images"):
+        train_script(["--one-shot", "--weights", weights, "--recipe", both])  # not on the images that training takes without --data
     with pytest.raises(InputError, match="name it with --recipe"):
         OneShotOptions(weights, "")
     with pytest.raises(InputError, match="must be trained; name it with --weights"):

@@ -430,6 +430,19 @@ def test_a_quantised_start_is_not_quantised_twice_but_trains_on_rounded(place: P
     same(whole, place.root / "on_cut")
 
 
+def test_a_quantised_start_keeps_its_structure(place: Place, both: Path, capsys: pytest.CaptureFixture) -> None:
+    start, wide = str(both / "weights/best.pt"), place.root / "wide.yaml"
+    wide.write_text(yaml.safe_dump(SMALL_YAML | {"width_multiple": 2.0}))
+    with pytest.raises(InputError, match=r"wide\.yaml: is another structure than that of .*best\.pt, which is quantised"):
+        train(place.options("wide", weights=start, cfg=str(wide)))
+    with pytest.raises(InputError, match=r"best\.pt: is quantised; prune the checkpoint before quantisation"):
+        train(place.options("sparse", weights=start, strict=True, sr=0.001))
+    assert not (place.root / "wide").exists() and not (place.root / "sparse").exists()
+    train(place.options("same", weights=start, cfg=str(place.root / "small.yaml"), epochs=1, noval=True))
+    assert "is quantised: it is trained so, from its own ranges on" in capsys.readouterr().out
+    assert load_model(place.root / "same/weights/last.pt").quantization.ranges
+
+
 def test_a_sparse_start_without_anything_that_holds_it_is_warned_of(place: Place, both: Path, capsys: pytest.CaptureFixture) -> None:
     start = str(both / "weights/best_pruned.pt")
     train(place.options("regrown", weights=start, epochs=1, noval=True))
