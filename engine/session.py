@@ -21,7 +21,17 @@ from engine.optim import build_optimizer
 from engine.options import TrainOptions
 from engine.recipe.modifiers import Recipe
 from engine.recipe.phases import is_passing, last_event, quantizes
-from engine.recipe.run import Pace, RecipeSeams, open_recipe, recipe_seams, report_recipe, saved_recipe, tell_quantization, warn_of_regrowth
+from engine.recipe.run import (
+    Pace,
+    RecipeSeams,
+    heaviest_phase,
+    open_recipe,
+    recipe_seams,
+    report_recipe,
+    saved_recipe,
+    tell_quantization,
+    warn_of_regrowth,
+)
 from engine.recipe.writer import to_yaml
 from engine.reporting import BatchPlots, metrics_of, plot_evaluation, write_json
 from engine.resume import find_last, nothing_lost
@@ -118,7 +128,8 @@ def _train(options: TrainOptions, recipe: Recipe | None, folder: Path, resumed: 
             LOGGER.info(f"{options.weights} is quantised: it is trained so, from its own ranges on, and stays so")
     precision = training_precision(device, options.amp and network.quantization is None)
     if options.batch_size == -1:
-        each = min(world.gather(largest_batch(network, data.imgsz, precision)))
+        heaviest, beside = heaviest_phase(recipe, network, precision)
+        each = min(world.gather(largest_batch(heaviest, data.imgsz, beside)))
         options = replace(options, batch_size=world.size * each)
     if recipe:
         tell_quantization(recipe, network, data.imgsz, options.batch_size // world.size, precision)

@@ -29,6 +29,7 @@ from engine.recipe.modifiers import (
 )
 from engine.recipe.phases import Phases
 from engine.recipe.pruner import MagnitudePruner
+from engine.recipe.run import heaviest_phase
 from engine.recipe.schedule import Clock, RecipeSchedule
 from engine.recipe.trainable import TrainableTransition
 from engine.recipe.transition import QuantizationTransition, activation_bytes, scheme_of
@@ -473,3 +474,12 @@ def test_memory_is_told_from_the_blocks_and_layers_without_weights_are_passed_ov
     m = QuantizationModifier(modules=everything, ignore=("Concat", "Upsample", "model.24"))
     scheme = scheme_of(m, blocks)
     assert scheme.ignore == ("model.24",) and set(everything) - set(scheme.modules) == {f"model.{i}" for i in (11, 12, 15, 16, 19, 22)}
+
+
+def test_a_batch_is_tried_on_the_phase_that_takes_most_memory() -> None:
+    """`--batch-size -1` with a recipe that quantises: float32 and rounded, in a copy."""
+    network, precision = alive(small()), Precision(torch.device("cpu"), torch.bfloat16)
+    recipe = Recipe((QAT,))
+    tried, beside = heaviest_phase(recipe, network, precision)
+    assert tried.quantization is not None and network.quantization is None and beside.autocast_dtype is None
+    assert heaviest_phase(None, network, precision) == (network, precision) == heaviest_phase(Recipe(()), network, precision)

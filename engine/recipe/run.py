@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from engine.recipe.modifiers import (
     TrainableParamsModifier,
 )
 from engine.recipe.observers import SparsityLog
-from engine.recipe.phases import Phases, first_epoch
+from engine.recipe.phases import Phases, first_epoch, quantizes
 from engine.recipe.pruner import MagnitudePruner
 from engine.recipe.schedule import Clock, RecipeSchedule
 from engine.recipe.trainable import TrainableTransition
@@ -38,6 +39,7 @@ from engine.seams import Objective, Schedule, Seams, Transition
 from engine.sparsity_report import report_sparsity
 from models.cfg_text import read_text
 from models.network import Network
+from models.quantization import QuantScheme, quantize
 from utils.device import Precision
 from utils.errors import InputError
 from utils.log import LOGGER
@@ -163,6 +165,15 @@ def _distilling(
         raise InputError(f"{modifiers[0].where}: DistillationModifier is for detectors, and this model is a classifier; leave it out")
     teacher = read_teacher(options.recipe_teacher, options.teacher_cfg, network, precision.device)
     return RecipeDistillation(objective.loss, teacher, network.anchors, modifiers, clock, options.distill_weight)
+
+
+def heaviest_phase(recipe: Recipe | None, network: Network, precision: Precision) -> tuple[Network, Precision]:
+    """What a run by `recipe` trains when it takes most memory, to try batches with: a quantised copy in float32 where it quantises later."""
+    if not quantizes(recipe) or network.quantization is not None:
+        return network, precision
+    network = deepcopy(network)
+    quantize(network, QuantScheme())
+    return network, Precision(precision.device)
 
 
 def tell_quantization(recipe: Recipe, network: Network, imgsz: int, batch: int, precision: Precision) -> None:
