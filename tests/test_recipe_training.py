@@ -29,8 +29,9 @@ from engine.recipe.modifiers import (
 )
 from engine.recipe.phases import Phases
 from engine.recipe.pruner import MagnitudePruner
-from engine.recipe.run import heaviest_phase
+from engine.recipe.run import Pace, heaviest_phase, recipe_seams
 from engine.recipe.schedule import Clock, RecipeSchedule
+from engine.recipe.selectors import prunable
 from engine.recipe.trainable import TrainableTransition
 from engine.recipe.transition import QuantizationTransition, activation_bytes, scheme_of
 from engine.seams import EpochRecord, Observer, Seams
@@ -450,6 +451,35 @@ def test_a_sparse_start_without_anything_that_holds_it_is_warned_of(place: Place
     out = capsys.readouterr()
     assert "of its convolution weights are zero, and nothing in this run keeps them so" in out.out + out.err
     assert "80.0%" in out.out + out.err
+
+
+RAMP = "init_sparsity: 0.8, final_sparsity: 0.9, start_epoch: {start}, end_epoch: 3, update_frequency: 1, params: [], mask_type: {mask}"
+
+
+@pytest.mark.parametrize(
+    "modifier, said",
+    [
+        ("!ConstantPruningModifier {params: __ALL_PRUNABLE__}", ""),
+        ("!ConstantPruningModifier {params: __ALL_PRUNABLE__, start_epoch: 1}", "80.0% of the weights of 32 parameters (model.0.conv.weight first)"),
+        ("!ConstantPruningModifier {params: ['re:model.[1-9]']}", "80.0% of the weights of model.0.conv.weight are zero, and no modifier of the recipe"),
+        ("!ConstantPruningModifier {params: ['re:model.[0-9]']}\n  - !ConstantPruningModifier {params: ['re:.*m.0'], start_epoch: 2}", ""),
+        (f"!GMPruningModifier {{{RAMP.format(start=-1, mask='unstructured')}}}", ""),
+        (f"!GMPruningModifier {{{RAMP.format(start=0.5, mask='unstructured')}}}", "80.0% of the weights of 32 parameters"),
+        (f"!GMPruningModifier {{{RAMP.format(start=0, mask='block4')}}}", "80.0% of the weights of model.0.conv.weight are zero"),
+    ],
+)  # fmt: skip
+def test_zeros_that_are_not_held_from_the_start_are_warned_of(modifier: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    recipe, network = recipe_of(f"modifiers:\n  - {modifier}\n", "r.yaml"), alive(small()).requires_grad_(True)
+    for name in prunable(network):
+        flat = network.get_parameter(name).data.view(-1)
+        flat[: round(flat.numel() * 0.8)] = 0
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    optimizer.param_groups[0]["role"] = "weight"
+    recipe_seams(
+        recipe, network, optimizer, None, None, Pace(4, 4, 1, 0.9), TrainOptions("d.yaml", weights="s.pt"), Precision(torch.device("cpu"))
+    )
+    warned = [line for line in capsys.readouterr().out.splitlines() if "grow back" in line]
+    assert len(warned) == bool(said) and all(said in line for line in warned)
 
 
 def test_memory_is_told_from_the_blocks_and_layers_without_weights_are_passed_over() -> None:

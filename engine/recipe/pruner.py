@@ -145,6 +145,11 @@ class MagnitudePruner:
         return [name for name, _ in self.network.named_parameters() if name in claimed]
 
     @property
+    def held_from_start(self) -> set[str]:
+        """Parameters whose zeros are held from the first batch on: every modifier holds at its start what it finds."""
+        return {name for claim in self.claims if claim.start <= EPSILON for name in claim.finals}
+
+    @property
     def active(self) -> bool:
         """Whether any weight is held at zero now."""
         return bool(self.masks)
@@ -293,14 +298,15 @@ def _check_conflicts(claims: Sequence[Claim]) -> None:
         common = [name for name in one.finals if name in other.finals]
         if common and one.start == other.start:
             raise InputError(
-                f"{other.label}: starts at epoch {other.start:g} on {_counted(common)}, as {one.label} does; leave them to one of the two, or let "
+                f"{other.label}: starts at epoch {other.start:g} on {counted(common)}, as {one.label} does; leave them to one of the two, or let "
                 "one start later"
             )
         if common and one.yields(other, one.end):
-            LOGGER.warning(f"{other.label}: has {_counted(common)} from epoch {other.start:g} on, before the ramp of {one.label} has ended")
+            LOGGER.warning(f"{other.label}: has {counted(common)} from epoch {other.start:g} on, before the ramp of {one.label} has ended")
 
 
-def _counted(names: Sequence[str]) -> str:
+def counted(names: Sequence[str]) -> str:
+    """Parameters for a message: the one, or how many and the first of them."""
     return names[0] if len(names) == 1 else f"{len(names)} parameters ({names[0]} first)"
 
 

@@ -31,8 +31,9 @@ from engine.recipe.modifiers import (
 )
 from engine.recipe.observers import SparsityLog
 from engine.recipe.phases import Phases, first_epoch, quantizes
-from engine.recipe.pruner import MagnitudePruner
+from engine.recipe.pruner import MagnitudePruner, counted
 from engine.recipe.schedule import Clock, RecipeSchedule
+from engine.recipe.selectors import prunable
 from engine.recipe.trainable import TrainableTransition
 from engine.recipe.transition import QuantizationTransition, tell_memory
 from engine.seams import Objective, Schedule, Seams, Transition
@@ -102,14 +103,35 @@ def _with_teacher(options: TrainOptions, recipe: Recipe) -> TrainOptions:
 
 
 def warn_of_regrowth(state: Mapping[str, Tensor], recipe: Recipe | None, weights: str) -> None:
-    """Say it where a start that is sparse is trained without anything that keeps it so."""
-    convolutions = [v for v in state.values() if v.dim() == 4]
-    share = sum(int((v == 0).sum()) for v in convolutions) / max(sum(v.numel() for v in convolutions), 1)
+    """Say it where a start that is sparse is trained without any pruning modifier. (What those of a recipe leave out, `recipe_seams` says.)"""
+    share = _zeros([v for v in state.values() if v.dim() == 4])
     if share >= ALREADY_SPARSE and not (recipe and recipe.of(*PRUNING)):
         LOGGER.warning(
             f"{weights}: {share:.1%} of its convolution weights are zero, and nothing in this run keeps them so: they will grow back; "
             "a recipe with a ConstantPruningModifier holds them"
         )
+
+
+def _warn_of_late_hold(network: Network, pruner: MagnitudePruner, weights: str) -> None:
+    """Say it where layers are sparse at the start, and no modifier holds their zeros from the first batch on.
+
+    A resumed run has no weights yet when this is asked, and so says nothing a second time.
+    """
+    held = pruner.held_from_start
+    trained = {name: network.get_parameter(name) for name in prunable(network) if network.get_parameter(name).requires_grad}
+    loose = [name for name in trained if name not in held]
+    share = _zeros([trained[name] for name in loose])
+    if share >= ALREADY_SPARSE:
+        LOGGER.warning(
+            f"{weights}: {share:.1%} of the weights of {counted(loose)} are zero, and no modifier of the recipe holds them from the start: they will "
+            "grow back; a ConstantPruningModifier without start_epoch holds them"
+        )
+
+
+def _zeros(weights: Sequence[Tensor]) -> float:
+    """The share of zeros in `weights`."""
+    zeros = torch.stack([(v == 0).sum() for v in weights]).sum() if weights else 0  # one wait for the device
+    return int(zeros) / max(sum(v.numel() for v in weights), 1)
 
 
 @dataclass(frozen=True)
@@ -146,6 +168,8 @@ def recipe_seams(
     """The seams of `recipe`; `native` and `objective` are those of a run without one. Raises `InputError` for what does not fit the network."""
     clock = Clock()
     pruner = MagnitudePruner(recipe.of(*PRUNING), network, pace.epochs, pace.batches) if recipe.of(*PRUNING) else None
+    if pruner is not None:
+        _warn_of_late_hold(network, pruner, options.weights)
     schedule = RecipeSchedule(native, optimizer, recipe, pace.batches, pace.epochs, pace.accumulate, pace.momentum, clock, pruner)
     transitions: list[Transition] = [Phases(recipe, pace.batches, pace.epochs)]
     if recipe.of(TrainableParamsModifier):
