@@ -97,7 +97,7 @@ def test_fractions_of_an_epoch_that_do_not_add_up_exactly_delay_no_update() -> N
     assert [step for step in range(31) if pruner.update(step / 10)] == list(range(31))
 
 
-@pytest.mark.parametrize("end", [4.0, 3.9, 7.0])
+@pytest.mark.parametrize("end", [4.0, 3.9, 7.0, 4.000000000000001])
 def test_a_ramp_that_lasts_to_the_end_of_the_run_reaches_its_final_sparsity(end: float, capsys: pytest.CaptureFixture) -> None:
     pruner = pruner_of([gmp(0.0, end, inter_func="linear", leave_enabled=False)])
     seen = run(pruner)

@@ -155,6 +155,13 @@ def test_the_largest_edge_makes_the_run() -> None:
     assert read(text).epochs == 7
 
 
+def test_what_arithmetic_rounds_is_no_fraction_of_an_epoch() -> None:
+    text = "epochs: 50\nmodifiers:\n  - !EpochRangeModifier {start_epoch: 0, end_epoch: eval(epochs * 1.1)}\n"
+    recipe = read(text)
+    assert recipe.modifiers[0].end > 55 and recipe.epochs == 55, "50 * 1.1 is 55.00000000000001"
+    assert read(text.replace("1.1", "1.1001")).epochs == 56
+
+
 def test_without_a_range_the_recipe_does_not_say_how_long() -> None:
     assert read("modifiers:\n  - !ConstantPruningModifier {params: __ALL_PRUNABLE__, end_epoch: 5}\n").epochs is None
 

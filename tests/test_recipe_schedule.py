@@ -23,8 +23,9 @@ from engine.recipe.modifiers import (
     SetLearningRateModifier,
     SetWeightDecayModifier,
     TrainableParamsModifier,
+    first_epoch,
 )
-from engine.recipe.phases import first_epoch, is_passing, last_event, phase_at
+from engine.recipe.phases import is_passing, last_event, phase_at
 from engine.recipe.schedule import Clock, RecipeSchedule
 from engine.schedule import ScheduleOptions, YoloSchedule
 from models.network import Network
@@ -189,8 +190,8 @@ GMP = GlobalMagnitudePruningModifier(2.0, 5.0, final_sparsity=0.8)
 QAT = QuantizationModifier(7.5, norm_freeze=9.0, observer_stop=8.2)
 
 
-def phases(*modifiers: Modifier, epochs: int = 10) -> list[str]:
-    return [phase_at(Recipe(modifiers), epoch, 4, epochs) for epoch in range(epochs)]
+def phases(*modifiers: Modifier, epochs: int = 10, batches: int = 4) -> list[str]:
+    return [phase_at(Recipe(modifiers), epoch, batches, epochs) for epoch in range(epochs)]
 
 
 def test_phases_follow_ramps_and_quantisation() -> None:
@@ -203,6 +204,7 @@ def test_phases_follow_ramps_and_quantisation() -> None:
 def test_a_ramp_counts_as_done_from_its_end_on_and_always_at_the_runs_last_batch() -> None:
     assert phases(replace(GMP, end_epoch=5.2))[4:7] == ["pruning", "pruned", "pruned"], "an end within an epoch is done when it ends"
     assert phases(GMP, epochs=5)[3:] == ["pruning", "pruned"] and phases(GMP, epochs=4)[2:] == ["pruning", "pruned"]
+    assert phases(replace(GMP, end_epoch=3.0000000000000004), batches=1)[2:4] == ["pruning", "pruned"]
     later = GMPruningModifier(4.0, 8.0, final_sparsity=0.5)
     assert phases(GMP, later)[4:] == ["pruning"] * 4 + ["pruned"] * 2, "the last of the ramps"
     assert [is_passing(p) for p in ("pruning", "pruning_quantized", "pruned", "dense", "pruned_quantized")] == [

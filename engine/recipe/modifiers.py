@@ -15,6 +15,14 @@ ALL, ALL_PRUNABLE = "__ALL__", "__ALL_PRUNABLE__"
 FROM_PARAM = "__FROM_PARAM__"
 
 
+def first_epoch(at: float) -> int:
+    """The epoch (0-based) before which a change takes place that is due at `at` on the recipe's clock: fractions round up.
+
+    What arithmetic rounds is no fraction: `50 * 1.1` is 55.00000000000001, and means 55.
+    """
+    return math.ceil(min(at, 1e9) - 1e-9)
+
+
 @dataclass(frozen=True)
 class Modifier:
     """What every modifier has. `where`: FILE:LINE of its tag, for messages; two modifiers that say the same are equal wherever they stand."""
@@ -177,4 +185,4 @@ class Recipe:
         """Epochs of the run where an `EpochRangeModifier` says that the recipe decides: the largest rounded-up start or end; otherwise None."""
         if not self.of(EpochRangeModifier):
             return None
-        return max(math.ceil(edge) for m in self.modifiers for edge in (m.start_epoch, m.end_epoch))
+        return max(first_epoch(edge) for m in self.modifiers for edge in (m.start_epoch, m.end_epoch))

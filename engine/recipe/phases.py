@@ -8,7 +8,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from engine.recipe.modifiers import ConstantPruningModifier, GMPruningModifier, QuantizationModifier, Recipe, TrainableParamsModifier
+from engine.recipe.modifiers import (
+    ConstantPruningModifier,
+    GMPruningModifier,
+    QuantizationModifier,
+    Recipe,
+    TrainableParamsModifier,
+    first_epoch,
+)
 from utils.log import LOGGER
 
 if TYPE_CHECKING:
@@ -17,14 +24,9 @@ if TYPE_CHECKING:
 DENSE, PRUNING, PRUNED, QUANTIZED = "dense", "pruning", "pruned", "quantized"
 
 
-def first_epoch(at: float) -> int:
-    """The epoch (0-based) before which a change takes place that is due at `at` on the recipe's clock: fractions round up."""
-    return math.ceil(min(at, 1e9) - 1e-9)
-
-
 def phase_at(recipe: Recipe, epoch: int, batches: int, epochs: int) -> str:
     """The phase of epoch number `epoch` (0-based) of `epochs`: what the network is at its last batch. `batches` per epoch."""
-    last = epoch + 1 - 1 / batches
+    last = epoch + 1 - 1 / batches + 1e-9  # what arithmetic rounds makes no phase longer
     end = epochs if epoch + 1 == epochs else last  # the run's last batch finishes every ramp
     ramps, held = recipe.of(GMPruningModifier), recipe.of(ConstantPruningModifier)
     name = DENSE

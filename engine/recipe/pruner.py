@@ -325,7 +325,7 @@ def _tell(claims: Sequence[Claim], epochs: int, ends: Sequence[str]) -> None:
             LOGGER.warning(f"{claim.label}: mask_type {claim.kind} leaves dense: {_listed(claim.left)}")
         if claim.start >= epochs:
             LOGGER.warning(f"{claim.label}: never starts: its start_epoch {claim.start:g} is not before the run's end ({epochs} epochs)")
-        elif claim.ramps and claim.end > epochs:
+        elif claim.ramps and claim.end > epochs + EPSILON:
             LOGGER.warning(
                 f"{claim.label}: its ramp ends at epoch {claim.end:g}, after the run ({epochs} epochs); the last batch takes the rest of the way "
                 "at once. A recipe with an EpochRangeModifier sets the run's length by itself"

@@ -28,9 +28,10 @@ from engine.recipe.modifiers import (
     QuantizationModifier,
     Recipe,
     TrainableParamsModifier,
+    first_epoch,
 )
 from engine.recipe.observers import SparsityLog
-from engine.recipe.phases import Phases, first_epoch, quantizes
+from engine.recipe.phases import Phases, quantizes
 from engine.recipe.pruner import MagnitudePruner, counted
 from engine.recipe.schedule import Clock, RecipeSchedule
 from engine.recipe.selectors import prunable

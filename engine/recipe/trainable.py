@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.recipe.modifiers import Recipe, TrainableParamsModifier
-from engine.recipe.phases import first_epoch
+from engine.recipe.modifiers import Recipe, TrainableParamsModifier, first_epoch
 from engine.recipe.selectors import select
 from models.network import Network
 from utils.errors import InputError

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.ema import Ema
-from engine.recipe.modifiers import QuantizationModifier, Recipe
-from engine.recipe.phases import first_epoch
+from engine.recipe.modifiers import QuantizationModifier, Recipe, first_epoch
 from models.blocks import Blocks, resolutions
 from models.quantization import QuantScheme, quant_plan, quantize
 from utils.device import Precision
