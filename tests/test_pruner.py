@@ -129,8 +129,12 @@ def test_a_modifier_that_begins_after_the_run_says_so(capsys: pytest.CaptureFixt
     assert "never starts: its start_epoch 4 is not before the run's end (4 epochs)" in capsys.readouterr().out
 
 
-def test_targets_by_layer() -> None:
-    pruner = pruner_of([gmp(final=None, targets=((0.5, CONVS[:1]), (0.75, ("re:model.2.cv2.*weight", CONVS[2]))))])
+def test_targets_by_layer(capsys: pytest.CaptureFixture) -> None:
+    pruner = pruner_of([gmp(final=None, targets=((0.5, CONVS[:1]), (0.75, ("re:model.2.cv2.*weight", CONVS[2]))), where="r.yaml:7")])
+    assert (
+        "r.yaml:7: GMPruningModifier: params: 're:model.2.cv2.*weight' also chose model.2.cv2.bn.weight, of batch norms"
+        in capsys.readouterr().out
+    )
     run(pruner)
     assert set(CONVS) <= set(pruner.names) and "model.1.conv.weight" not in pruner.names
     assert [round(zeros(pruner.network, [name]), 3) for name in CONVS] == [0.5, 0.75, 0.75]

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from engine.recipe.document import recipe_of
-from engine.recipe.selectors import prunable, select
+from engine.recipe.selectors import prunable, select, strays
 from engine.recipe.trainable import TrainableTransition
 from models.network import Network
 from models.yaml_reader import from_spec
@@ -109,6 +109,29 @@ def test_only_the_misses_are_named(network: Network) -> None:
 def test_a_broken_pattern(network: Network) -> None:
     with pytest.raises(InputError, match=r"^r.yaml:7: params: 're:\(' is no regular expression \("):
         select(["re:("], network, "r.yaml:7", strict=False)
+
+
+@pytest.mark.parametrize(
+    "selectors,said",
+    [
+        (
+            ["re:.*cv1"],
+            r"'re:.*cv1' also chose 20 parameters (model.2.cv1.bn.weight first), of batch norms or biases, which are better left alone; let "
+            r"patterns end with conv\.weight, as in re:.*cv1.*conv\.weight",
+        ),
+        (
+            ["re:.*cv1.*conv\\.weight", "re:model\\.0", "re:model\\.1\\."],
+            r"'re:model\.0' and 1 more also chose 4 parameters (model.0.bn.weight first), of",
+        ),
+        (["re:.*bias$", "model.0.conv.weight"], "'re:.*bias$' also chose "),
+        (["re:.*conv\\.weight$", "__ALL_PRUNABLE__", "model.0.bn.weight"], ""),
+        (["__ALL__", "re:.*"], ""),
+    ],
+)
+def test_patterns_that_also_choose_batch_norms_and_biases_are_told(network: Network, selectors: list[str], said: str) -> None:
+    told = strays(selectors, network, select(selectors, network, "r.yaml:7"), "r.yaml:7")
+    assert told.startswith(said) and bool(told) == bool(said)
+    assert strays(selectors, network, prunable(network), "r.yaml:7") == "", "those that a mask's shape leaves out are not chosen"
 
 
 def test_the_modifier_is_named() -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from engine.recipe.modifiers import ConstantPruningModifier, GMPruningModifier, Modifier
-from engine.recipe.selectors import select
+from engine.recipe.selectors import counted, select, strays
 from models.network import Network
 from pruning.magnitude import Masks, MaskType, magnitude_masks, misfits, sparsity_at
 from utils.errors import InputError
@@ -50,6 +50,8 @@ class Claim:
             self._read(modifier, network)
         elif isinstance(modifier, ConstantPruningModifier):
             self.finals = dict.fromkeys(select(modifier.params, network, self.label))
+        targets = getattr(modifier, "targets", ()) or ((None, modifier.params),)
+        self.strays = strays([s for _, selectors in targets for s in selectors], network, self.finals, self.label)
         self.started, self.ended, self.last = False, False, -math.inf
 
     def _read(self, modifier: GMPruningModifier, network: Network) -> None:
@@ -305,11 +307,6 @@ def _check_conflicts(claims: Sequence[Claim]) -> None:
             LOGGER.warning(f"{other.label}: has {counted(common)} from epoch {other.start:g} on, before the ramp of {one.label} has ended")
 
 
-def counted(names: Sequence[str]) -> str:
-    """Parameters for a message: the one, or how many and the first of them."""
-    return names[0] if len(names) == 1 else f"{len(names)} parameters ({names[0]} first)"
-
-
 def _ends(network: Network) -> list[str]:
     """The weights of the stem and of the head's outputs."""
     blocks = network.blocks
@@ -321,6 +318,8 @@ def _ends(network: Network) -> list[str]:
 def _tell(claims: Sequence[Claim], epochs: int, ends: Sequence[str]) -> None:
     for claim in claims:
         LOGGER.info(claim.describe(ends))
+        if claim.strays:
+            LOGGER.warning(f"{claim.label}: params: {claim.strays}")
         if claim.left:
             LOGGER.warning(f"{claim.label}: mask_type {claim.kind} leaves dense: {_listed(claim.left)}")
         if claim.start >= epochs:

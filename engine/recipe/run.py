@@ -32,9 +32,9 @@ from engine.recipe.modifiers import (
 )
 from engine.recipe.observers import SparsityLog
 from engine.recipe.phases import Phases, quantizes
-from engine.recipe.pruner import MagnitudePruner, counted
+from engine.recipe.pruner import MagnitudePruner
 from engine.recipe.schedule import Clock, RecipeSchedule
-from engine.recipe.selectors import prunable
+from engine.recipe.selectors import counted, prunable
 from engine.recipe.trainable import TrainableTransition
 from engine.recipe.transition import QuantizationTransition, tell_memory
 from engine.seams import Objective, Schedule, Seams, Transition

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from engine.recipe.modifiers import ALL, ALL_PRUNABLE
@@ -40,6 +40,32 @@ def select(selectors: Sequence[str], network: Network, where: str, strict: bool 
         more = f" (and {len(misses) - _SHOWN} more like this)" if len(misses) > _SHOWN else ""
         raise InputError(f"{where}: params: no parameter of this model is matched by {told}{more}")
     return [name for name in names if name in chosen]
+
+
+def counted(names: Sequence[str]) -> str:
+    """Parameters for a message: the one, or how many and the first of them."""
+    return names[0] if len(names) == 1 else f"{len(names)} parameters ({names[0]} first)"
+
+
+def strays(selectors: Sequence[str], network: Network, claimed: Container[str], where: str) -> str:
+    """What patterns of a pruning modifier chose besides weights, for a warning: biases, and what batch norms scale by. Empty: nothing of `claimed`.
+
+    Who names such a parameter in full, or takes `__ALL__`, means it.
+    """
+    vectors = {name for name, p in network.named_parameters() if p.dim() < 2 and name in claimed} - set(selectors)
+    patterns = [selector for selector in selectors if selector.startswith(PATTERN)]
+    if not vectors or any(selector.upper() == ALL for selector in selectors):
+        return ""
+    caught = {pattern: set(select([pattern], network, where, strict=False)) for pattern in patterns}
+    loose = [pattern for pattern in patterns if caught[pattern] & vectors]
+    first = next(name for name in select(loose, network, where) if name in vectors)
+    others = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
+    better = f"{loose[0].removesuffix('$')}.*conv\\.weight"
+    hint = f", as in {better}" if select([better], network, where, strict=False) else ""
+    return (
+        f"{_quoted(loose[0])}{others} also chose {counted([first, *(vectors - {first})])}, of batch norms or biases, which are better left alone; let "
+        f"patterns end with conv\\.weight{hint}"
+    )
 
 
 def _matches(selector: str, names: list[str], network: Network, where: str) -> list[str]:
