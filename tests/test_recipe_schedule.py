@@ -12,6 +12,7 @@ from engine.optim import build_optimizer
 from engine.recipe.curves import cosine, cyclic_linear, function_rate, linear, rate_of, ruling, scheduler_rate
 from engine.recipe.modifiers import (
     ConstantPruningModifier,
+    DistillationModifier,
     EpochRangeModifier,
     GlobalMagnitudePruningModifier,
     GMPruningModifier,
@@ -216,7 +217,25 @@ def test_a_ramp_counts_as_done_from_its_end_on_and_always_at_the_runs_last_batch
     ]
 
 
-def test_the_last_event_is_the_last_change_of_structure() -> None:
-    assert last_event(Recipe((GMP, QAT))) == 9 and last_event(Recipe((GMP, QAT, TrainableParamsModifier(1.0, 9.5)))) == 10
-    assert last_event(Recipe((SetLearningRateModifier(7.0, -1.0, 0.1), EpochRangeModifier(0.0, 50.0)))) == 0
+@pytest.mark.parametrize(
+    "modifiers, event",
+    [
+        ((GMP, QAT), 9),
+        ((GMP, QAT, TrainableParamsModifier(1.0, 9.5)), 10),
+        ((SetLearningRateModifier(7.0, -1.0, 0.1), EpochRangeModifier(0.0, 50.0)), 7),
+        ((curve("cosine", 2.0, 40.0), SetWeightDecayModifier(3.5, -1.0, 0.0)), 4),
+        ((DistillationModifier(1.0, 6.0),), 6),
+        ((DistillationModifier(1.0),), 1),
+        ((DistillationModifier(0.0, 50.0), TrainableParamsModifier(2.0, 50.0), EpochRangeModifier(0.0, 50.0)), 2),
+        ((ConstantPruningModifier(0.0, 8.0), EpochRangeModifier(0.0, 50.0)), 8),
+        ((replace(GMP, end_epoch=50.0), EpochRangeModifier(0.0, 50.0)), 50),
+        ((), 0),
+    ],
+)
+def test_the_last_event_is_the_last_beginning_or_end(modifiers: tuple[Modifier, ...], event: int) -> None:
+    """What ends with the run is none, but for a ramp."""
+    assert last_event(Recipe(modifiers)) == event
+
+
+def test_fractions_of_an_epoch_round_up() -> None:
     assert [first_epoch(at) for at in (0.0, 0.2, 3.0, 3.0000000001, math.inf)] == [0, 1, 3, 3, 10**9]

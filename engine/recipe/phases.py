@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from engine.recipe.modifiers import (
     ConstantPruningModifier,
+    DistillationModifier,
     GMPruningModifier,
     QuantizationModifier,
     Recipe,
@@ -48,15 +49,17 @@ def is_passing(phase: str) -> bool:
 
 
 def last_event(recipe: Recipe) -> int:
-    """The epoch (0-based) from which the recipe changes nothing any more but learning rates and weight decays."""
-    edges = [0.0]
-    edges += [m.end for m in recipe.of(GMPruningModifier)]
-    edges += [m.start for m in recipe.of(ConstantPruningModifier)]
-    for m in recipe.of(TrainableParamsModifier):
-        edges += [m.start, m.end]
+    """The epoch (0-based) from which on nothing of the recipe begins or ends any more, but for curves of learning rates, which go on.
+
+    What ends with the run is no event that a run would have to wait for, but for ramps: these must arrive.
+    """
+    run = math.inf if recipe.epochs is None else recipe.epochs
+    edges = [m.start for m in recipe.modifiers]
+    edges += [m.end for m in recipe.of(ConstantPruningModifier, TrainableParamsModifier, DistillationModifier)]
     for m in recipe.of(QuantizationModifier):
-        edges += [m.start, m.norm_freeze or 0.0, m.observer_stop or 0.0]
-    return max(first_epoch(edge) for edge in edges if edge < math.inf)
+        edges += [m.norm_freeze or 0.0, m.observer_stop or 0.0]
+    edges = [edge for edge in edges if edge < run] + [m.end for m in recipe.of(GMPruningModifier)]
+    return max(map(first_epoch, edges), default=0)
 
 
 class Phases:
