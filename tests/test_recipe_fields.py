@@ -189,7 +189,7 @@ def random_modifier(rng: random.Random) -> Modifier:
             -1.0, 99.0, lr_class="MultiStepLR", lr_kwargs={"milestones": (1.5, 2.0), "gamma": 0.1}, init_lr=0.1
         ),
         lambda: SetWeightDecayModifier(start, weight_decay=5e-4, param_groups=rate["param_groups"]),
-        lambda: TrainableParamsModifier(start, end, params=params, trainable=rng.random() < 0.5, params_strict=rng.random() < 0.5),
+        lambda: TrainableParamsModifier(start, end + 1, params=params, trainable=rng.random() < 0.5, params_strict=rng.random() < 0.5),
         lambda: ConstantPruningModifier(start, end, params=params),
         lambda: GMPruningModifier(start, end, final_sparsity=final, params=params, global_sparsity=rng.random() < 0.5, **pruning),
         lambda: MagnitudePruningModifier(start, end, targets=((0.6, ("a", "b")), (0.75, ("re:c",))), **pruning),

@@ -225,6 +225,21 @@ def test_a_resumed_run_reads_what_the_started_one_read(tmp_path: Path, suffix: s
     assert saved_recipe(options) == recipe
 
 
+@pytest.mark.parametrize(
+    "epochs, said", [(4, ["freeze_bn_stats_epoch: 3.5", "disable_quantization_observer_epoch: 5"]), (5, ["disable"]), (6, [])]
+)
+def test_steps_of_quantisation_after_the_run_are_warned_of(
+    tmp_path: Path, epochs: int, said: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("modifiers:\n  - !QuantizationModifier {freeze_bn_stats_epoch: 3.5, disable_quantization_observer_epoch: 5}\n")
+    open_recipe(TrainOptions(data="d.yaml", recipe=str(file), epochs=epochs))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(said)
+    for line, part in zip(lines, said):
+        assert f"r.yaml:2: QuantizationModifier: {part}" in line and f"(of {epochs}): it has no effect" in line
+
+
 def test_a_yaml_file_is_not_cut() -> None:
     assert read("---\nrule: --- not the end ---\nmodifiers:\n  - !DistillationModifier\n").modifiers == (DistillationModifier(),)
 

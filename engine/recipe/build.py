@@ -29,6 +29,7 @@ from engine.recipe.modifiers import (
     SetLearningRateModifier,
     SetWeightDecayModifier,
     TrainableParamsModifier,
+    first_epoch,
 )
 from engine.recipe.tree import Tagged
 from utils.errors import InputError, did_you_mean
@@ -95,6 +96,23 @@ def _check_epochs(entry: Entry, span: bool) -> None:
         raise entry.error("end_epoch", f"{end:g} is not after start_epoch {start:g}")
     if 0 <= end < start:
         raise entry.error("end_epoch", f"{end:g} is before start_epoch {start:g}")
+
+
+def _lasting(entry: Entry) -> None:
+    """Refuse what would end as it starts, and so never act."""
+    start, end = max(entry.values.get("start_epoch", -1.0), 0.0), entry.values.get("end_epoch", -1.0)
+    if end >= 0 and end <= start:
+        raise entry.error("end_epoch", f"{end:g} is not after start_epoch {start:g}: it would never act")
+
+
+def _trainable(entry: Entry) -> None:
+    _lasting(entry)
+    start, end = max(entry.values.get("start_epoch", -1.0), 0.0), entry.values.get("end_epoch", -1.0)
+    if end >= 0 and first_epoch(end) <= first_epoch(start):
+        raise entry.error(
+            "end_epoch",
+            f"{end:g} and start_epoch {start:g} both round up to epoch {first_epoch(end)}, as it acts between epochs: it would never act",
+        )
 
 
 def _scheduler(entry: Entry) -> None:
@@ -205,6 +223,7 @@ def _pruning(entry: Entry) -> None:
 
 
 def _constant(entry: Entry) -> None:
+    _lasting(entry)
     if ALL in entry.values["params"]:
         entry.note("params", f"{ALL} also holds biases and batch norms that are zero; {ALL_PRUNABLE} takes convolution weights")
 
@@ -282,6 +301,7 @@ KINDS: dict[str, Kind] = {
             "start_epoch": _START,
             "end_epoch": _END,
         },
+        finish=_trainable,
     ),
     "ConstantPruningModifier": Kind(
         ConstantPruningModifier,
@@ -312,5 +332,6 @@ KINDS: dict[str, Kind] = {
             "distill_output_keys": f.passed_over(note="all outputs of the head are distilled, whatever is listed"),
             "teacher_input_keys": f.passed_over(note="the teacher sees the student's images, whatever is listed"),
         },
+        finish=_lasting,
     ),
 }

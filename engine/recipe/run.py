@@ -84,6 +84,13 @@ def _check(modifier: Modifier, epochs: int) -> None:
             f"{modifier.where}: {modifier.tag} starts at epoch {modifier.start:g}, the run has {epochs} epochs: it would never act; give more "
             "--epochs, or the recipe an EpochRangeModifier that ends later"
         )
+    if isinstance(modifier, QuantizationModifier):
+        steps = {"freeze_bn_stats_epoch": modifier.norm_freeze, "disable_quantization_observer_epoch": modifier.observer_stop}
+        for name, epoch in steps.items():
+            if epoch is not None and first_epoch(epoch) >= epochs:
+                LOGGER.warning(
+                    f"{modifier.where}: {modifier.tag}: {name}: {epoch:g} is after the start of the run's last epoch (of {epochs}): it has no effect"
+                )
 
 
 def _with_teacher(options: TrainOptions, recipe: Recipe) -> TrainOptions:
