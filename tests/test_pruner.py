@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from engine.ema import Ema
 from engine.loop import Loop
+from engine.recipe.document import recipe_of
 from engine.recipe.modifiers import (
     ALL_PRUNABLE,
     ConstantPruningModifier,
@@ -25,6 +27,7 @@ from engine.seams import Observer, Schedule, Stateful
 from models.network import Network
 from pruning.magnitude import sparsity_at
 from tests.helpers import alive, small
+from tests.recipe_texts import pruning
 from tests.test_training import CPU, make_loop
 from utils.device import Precision
 from utils.errors import InputError
@@ -153,6 +156,15 @@ def test_masks_of_another_shape_end_exact_and_what_does_not_fit_is_said(kind: st
         if kind == "2:4":
             assert ((weight == 0).unflatten(1, (-1, 4)).sum(2) == 2).all()
         assert zeros(pruner.network, [name]) == pytest.approx(0.5, abs=8 / weight.numel())
+
+
+@pytest.mark.parametrize("mask, final", [("2:4", 0.51), ("2:4", 0.49), ("1:4", 0.76)])
+def test_a_final_sparsity_that_is_read_as_that_of_a_pattern_prunes_to_it(mask: str, final: float) -> None:
+    """The reader and the pruner agree on a hundredth."""
+    recipe = recipe_of(pruning(final_sparsity=final, mask_type=mask), "r.yaml")
+    keep, out_of = map(int, mask.split(":"))
+    pruner = pruner_of([replace(m, params=("re:model\\.2.*conv\\.weight",)) for m in recipe.modifiers])
+    assert set(pruner.claims[0].finals.values()) == {1 - keep / out_of}
 
 
 # ---- masks hold ----------------------------------------------------------------------------------------------------------------

@@ -234,9 +234,8 @@ def _check_mask(entry: Entry, final: float) -> None:
     if ":" not in mask:
         return
     keep, out_of = map(int, mask.split(":"))
-    only = 1 - keep / out_of
-    if abs(final - only) > 0.01 + 1e-9:
-        raise entry.error("mask_type", f"{mask} is a sparsity of {only:g}, and final_sparsity is {final:g}; make them equal")
+    if wrong := f.off_pattern(mask, 1 - keep / out_of, final):
+        raise entry.error("mask_type", wrong)
 
 
 def _flag(fixed: bool, why: str) -> Field:

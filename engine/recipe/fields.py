@@ -210,3 +210,10 @@ def mask_type(value: Any) -> str:
     if a < 1 or b < 1 or (found[2] == ":" and a >= b):
         raise Wrong(right)
     return f"{a}{found[2]}{b}"
+
+
+def off_pattern(mask: str, only: float, final: float) -> str:
+    """What is wrong where a `final` sparsity is not the `only` one that an N:M mask ends in; empty where they agree to a hundredth."""
+    if abs(final - only) <= 0.01 + 1e-9:
+        return ""
+    return f"{mask} is a sparsity of {only:g}, and final_sparsity is {final:g}; make them equal"

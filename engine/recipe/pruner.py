@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.recipe.fields import off_pattern
 from engine.recipe.modifiers import ConstantPruningModifier, GMPruningModifier, Modifier
 from engine.recipe.selectors import counted, select, strays
 from models.network import Network
@@ -288,8 +289,8 @@ def _final(final: float | None, kind: MaskType, label: str) -> float:
         raise InputError(f"{label}: final_sparsity is missing; give a number between 0 and 1")
     if not kind.of:
         return final
-    if abs(final - kind.densest) > 0.01:
-        raise InputError(f"{label}: mask_type {kind} is a sparsity of {kind.densest:g}, and final_sparsity is {final:g}; make them equal")
+    if wrong := off_pattern(str(kind), kind.densest, final):
+        raise InputError(f"{label}: mask_type {wrong}")
     return kind.densest
 
 
