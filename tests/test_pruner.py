@@ -338,6 +338,36 @@ def test_a_ramp_that_another_takes_over_says_so_and_stops(capsys: pytest.Capture
     assert zeros(pruner.network, ["model.1.conv.weight"]) == pytest.approx(0.9, abs=2e-3)
 
 
+@pytest.mark.parametrize("end", [3.0, 4.0])
+def test_the_target_of_what_another_ramp_took_over_is_that_ones(end: float) -> None:
+    early, late = gmp(0.0, 3.0, 0.0, 0.8, params=CONVS), gmp(1.0, end, 0.05, 0.6, params=CONVS)
+    pruner = pruner_of([early, late])
+    for step in range(16):
+        pruner.update(step / BATCHES, step == 15)
+        assert pruner.target == pytest.approx(zeros(pruner.network, CONVS), abs=2e-3), step
+    assert pruner.target == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("start, held", [(2.0, True), (1.0, True), (3.0, False)])
+def test_the_target_stays_where_zeros_that_a_ramp_lets_go_are_held(start: float, held: bool) -> None:
+    pruner = pruner_of([gmp(0.0, 2.0, leave_enabled=False, params=CONVS), ConstantPruningModifier(start, params=CONVS)])
+    run(pruner, 2.0)
+    assert pruner.target > 0.05
+    pruner.update(2.0)
+    assert pruner.target == pytest.approx(0.8 * held)
+    pruner.update(3.0)
+    assert pruner.target == pytest.approx(0.8 * held), "what was let go is nobody's target later"
+
+
+def test_a_state_from_before_targets_were_kept_loads() -> None:
+    pruner = pruner_of([gmp(params=CONVS)])
+    run(pruner, 2.0)
+    state = pruner.state_dict()
+    again = pruner_of([gmp(params=CONVS)], copy.deepcopy(pruner.network))
+    again.load_state_dict({key: value for key, value in state.items() if key != "asked"})
+    assert again.target == pruner.target > 0.05 and again.asked == state["asked"]
+
+
 @pytest.mark.parametrize("start", [0.0, 1.3])
 def test_keeping_zeros_stands_in_no_ramps_way(start: float) -> None:
     alone = pruner_of([gmp(0.0, 3.0)])

@@ -137,6 +137,7 @@ class MagnitudePruner:
         self.claims = sorted(claims, key=lambda c: (c.end, c.start))  # where one ends as another starts, the end comes first
         self.masks: Masks = {}
         self._kept: Masks = {}  # the opposite of each
+        self.asked: dict[str, float] = {}  # of what is held: the sparsity that a ramp pruned it to
         self.clock = 0.0
         _check_conflicts(claims)
         _tell(claims, epochs, _ends(network))
@@ -170,13 +171,9 @@ class MagnitudePruner:
 
     @property
     def target(self) -> float:
-        """The sparsity over the weights of `ramped` that the ramps asked for at their last update; 0 of what has not begun or is let go."""
-        asked: dict[str, float] = {}
-        for claim in (c for c in self.claims if c.ramps and c.holds):
-            for name in claim.finals:
-                asked[name] = max(claim.sparsity(name, claim.last), asked.get(name, 0.0))
+        """The sparsity over the weights of `ramped` that their last pruning asked for; 0 of what has not begun or is let go."""
         sizes = {name: self.network.get_parameter(name).numel() for name in self.ramped}
-        return sum(asked.get(name, 0.0) * size for name, size in sizes.items()) / max(sum(sizes.values()), 1)
+        return sum(self.asked.get(name, 0.0) * size for name, size in sizes.items()) / max(sum(sizes.values()), 1)
 
     @torch.no_grad()
     def update(self, clock: float, last: bool = False) -> bool:
@@ -190,6 +187,7 @@ class MagnitudePruner:
         for claim in acting:
             self._act(claim, clock, last)
         if acting:
+            self.asked = {name: asked for name, asked in self.asked.items() if name in self.masks}
             self._kept = {name: ~mask for name, mask in self.masks.items()}
             self.apply(self.network)
         return bool(acting)
@@ -226,6 +224,7 @@ class MagnitudePruner:
 
     def _prune(self, claim: Claim, weights: Mapping[str, Tensor], clock: float) -> None:
         wanted = {name: claim.sparsity(name, clock) for name in weights}
+        self.asked |= {name: max(share, self.asked.get(name, 0.0)) for name, share in wanted.items()}  # masks only grow
         sparsity = next(iter(wanted.values())) if claim.pooled else wanted
         previous = {name: self.masks[name] for name in weights if name in self.masks}
         self.masks |= magnitude_masks(weights, sparsity, claim.kind, claim.pooled, previous)
@@ -261,6 +260,7 @@ class MagnitudePruner:
             "claims": [
                 {"says": c.says, "started": c.started, "ended": c.ended, "last": c.last, "inits": dict(c.inits)} for c in self.claims
             ],
+            "asked": dict(self.asked),
             "clock": self.clock,
         }
 
@@ -274,6 +274,14 @@ class MagnitudePruner:
         self.clock = state["clock"]
         self.masks = {name: _unpacked(bits, self.network.get_parameter(name)) for name, bits in state["masks"].items()}
         self._kept = {name: ~mask for name, mask in self.masks.items()}
+        self.asked = dict(state["asked"]) if "asked" in state else self._asked_by_claims()
+
+    def _asked_by_claims(self) -> dict[str, float]:
+        """About what `asked` is, for a state that was saved before it was kept: as if no ramp had taken parameters from another."""
+        asked: dict[str, float] = {}
+        for claim in (c for c in self.claims if c.ramps and c.started):
+            asked |= {name: max(claim.sparsity(name, claim.last), asked.get(name, 0.0)) for name in claim.finals if name in self.masks}
+        return asked
 
 
 def _mask_type(modifier: GMPruningModifier, label: str) -> MaskType:
