@@ -171,6 +171,14 @@ BROKEN: list[tuple[str, str, str]] = [
      "r.yaml:3: TrainableParamsModifier: params: [] is not __ALL_PRUNABLE__, __ALL__, or a list of parameter names and re: patterns"),
     ("params number", tag("ConstantPruningModifier","params: 3"),
      "r.yaml:3: ConstantPruningModifier: params: 3 is not __ALL_PRUNABLE__, __ALL__, or a list of parameter names and re: patterns"),
+    ("params token", tag("ConstantPruningModifier","params: __ALL_PRUNEABLE__"),
+     "r.yaml:3: ConstantPruningModifier: params: '__ALL_PRUNEABLE__' is not __ALL_PRUNABLE__, __ALL__, or a list of parameter names and re: patterns; "
+     "did you mean __ALL_PRUNABLE__?"),
+    ("params token bare", pruning(params="[all_prunable]"),
+     "r.yaml:8: GMPruningModifier: params: ['all_prunable'] is not __ALL_PRUNABLE__, __ALL__, or a list of parameter names and re: patterns; did you mean "
+     "__ALL_PRUNABLE__?"),
+    ("map token", pruning(final_sparsity="{0.5: [__ALL_PRUNABEL__]}"),
+     "r.yaml:4: GMPruningModifier: final_sparsity: {0.5: ['__ALL_PRUNABEL__']} is not __ALL_PRUNABLE__, __ALL__, or a list of parameter names and re: pat"),
     ("params map", tag("ConstantPruningModifier","params: {a: 1}"),
      "r.yaml:3: ConstantPruningModifier: params: {'a': 1} is not __ALL_PRUNABLE__, __ALL__, or a list of parameter names and re: patterns"),
     ("init high", pruning(init_sparsity=0.9),

@@ -21,6 +21,8 @@ _HUGE = 1e300  # an int beyond it may be no float
 ROLES = ("norm", "weight", "bias")  # in the order of YOLOv5 up to v6.1, which the indices in recipes mean
 _MASK = re.compile(r"\[?\s*(\d{1,6})\s*([:,])\s*(\d{1,6})\s*\]?")
 
+_TOKEN = re.compile(r"__\w*|_?ALL(_\w*)?", re.IGNORECASE)
+
 
 class Wrong(ValueError):
     """`VALUE is not ...`: what a field must be."""
@@ -168,10 +170,14 @@ def _within(part: Any) -> tuple[str, ...]:
 
 def selectors(value: Any) -> tuple[str, ...]:
     """Parameter selectors; a list that holds a token is that token alone, and an empty one stays empty."""
+    right = f"{ALL_PRUNABLE}, {ALL}, or a list of parameter names and re: patterns"
     try:
         found = names(value)
     except Wrong:
-        raise Wrong(f"{ALL_PRUNABLE}, {ALL}, or a list of parameter names and re: patterns") from None
+        raise Wrong(right) from None
+    for name in found:  # a parameter's name has a dot
+        if _TOKEN.fullmatch(name) and name.upper() not in (ALL, ALL_PRUNABLE):
+            raise Wrong(right + did_you_mean(name.upper(), (ALL, ALL_PRUNABLE)))
     tokens = [name.upper() for name in found if name.upper() in (ALL, ALL_PRUNABLE)]
     return (ALL,) if ALL in tokens else (ALL_PRUNABLE,) if tokens else tuple(dict.fromkeys(found))
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from models.network import Network
 
 PATTERN = "re:"
+_LAYER = re.compile(r"model\.\d+\.")
 _SHOWN = 3  # misses that a message spells out
 
 
@@ -93,7 +94,14 @@ def _near(selector: str, names: list[str]) -> str:
         within = [name for name in names if pattern.search(name)]
         if within:
             return f" (a pattern must match from the start of a name; re:.*{pattern.pattern} would match {len(within)}, as {within[0]})"
-        return did_you_mean(re.sub(r"\\(.)|[\^$*+?()\[\]{}|]", r"\1", pattern.pattern), names)
+        return _alike(re.sub(r"\\(.)|[\^$*+?()\[\]{}|]", r"\1", pattern.pattern), names)
     below = [name for name in names if name.startswith(selector.rstrip(".") + ".")]
     below.sort(key=lambda name: not name.endswith("conv.weight"))
-    return f"; did you mean {', '.join(below[:3])}?" if below else did_you_mean(selector, names)
+    return f"; did you mean {', '.join(below[:3])}?" if below else _alike(selector, names)
+
+
+def _alike(name: str, names: list[str]) -> str:
+    """Names that look like `name`: those of the same layer, `model.N.`, where it has any."""
+    layer = _LAYER.match(name)
+    near = did_you_mean(name, [n for n in names if n.startswith(layer[0])]) if layer else ""
+    return near or did_you_mean(name, names)
