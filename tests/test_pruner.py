@@ -135,7 +135,7 @@ def test_a_modifier_that_begins_after_the_run_says_so(capsys: pytest.CaptureFixt
 def test_targets_by_layer(capsys: pytest.CaptureFixture) -> None:
     pruner = pruner_of([gmp(final=None, targets=((0.5, CONVS[:1]), (0.75, ("re:model.2.cv2.*weight", CONVS[2]))), where="r.yaml:7")])
     assert (
-        "r.yaml:7: GMPruningModifier: params: 're:model.2.cv2.*weight' also chose model.2.cv2.bn.weight, of batch norms"
+        "r.yaml:7: GMPruningModifier: final_sparsity: 're:model.2.cv2.*weight' also chose model.2.cv2.bn.weight, of batch norms"
         in capsys.readouterr().out
     )
     run(pruner)
@@ -450,6 +450,8 @@ def test_state_is_small_and_belongs_to_its_recipe() -> None:
         ([gmp(mask_type="2:4")], "mask_type 2:4 is a sparsity of 0.5, and final_sparsity is 0.8; make them equal"),
         ([gmp(mask_type="1,7", params=CONVS)], "mask_type 1,7: fits none of its 3 parameters: model.2.cv1.conv.weight \\(16 input channels, no"),
         ([gmp(params=("model.2.cv9.conv.weight",))], "model.2.cv9.conv.weight"),
+        ([gmp(final=None, targets=((0.5, ("re:nothing",)),))], "^GMPruningModifier: final_sparsity: no parameter of this model is matched by 're:nothing'"),
+        ([gmp(final=None, targets=((0.5, ("re:(",)),))], r"^GMPruningModifier: final_sparsity: 're:\(' is no regular expression"),
         ([ConstantPruningModifier(params=("re:nothing",), where="r.md:9")], "^r.md:9: ConstantPruningModifier: .*re:nothing"),
         ([gmp(final=None, targets=((0.5, CONVS), (0.7, CONVS[1:])))], "model.2.cv2.conv.weight has two targets, 0.5 and 0.7; give one"),
         ([gmp(final=None, targets=((0.5, CONVS[:1]), (0.7, CONVS[1:])), global_sparsity=True)], "one ranking over all layers has one final"),

@@ -129,6 +129,10 @@ NOTED = [
         "params: __ALL__ also prunes biases and batch norms",
     ),
     (
+        "!GMPruningModifier {init_sparsity: 0, final_sparsity: {.5: [__ALL__]}, start_epoch: 0, end_epoch: 3, update_frequency: 1, params: []}",
+        "final_sparsity: __ALL__ also prunes biases and batch norms",
+    ),
+    (
         "!GMPruningModifier {init_sparsity: 0, final_sparsity: .5, start_epoch: 0, end_epoch: 3, update_frequency: 1, params: [], global_sparsity: True}",
         "global_sparsity: GlobalMagnitudePruningModifier is the name of this today",
     ),

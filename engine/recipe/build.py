@@ -217,7 +217,10 @@ def _pruning(entry: Entry) -> None:
             raise entry.error("init_sparsity", f"{values['init_sparsity']:g} is above final_sparsity {sparsity:g}")
         _check_mask(entry, sparsity)
         if ALL in params:
-            entry.note("params", f"{ALL} also prunes biases and batch norms; {ALL_PRUNABLE} takes convolution weights")
+            entry.note(
+                "final_sparsity" if "targets" in values else "params",
+                f"{ALL} also prunes biases and batch norms; {ALL_PRUNABLE} takes convolution weights",
+            )
     if tag == "GMPruningModifier" and values.get("global_sparsity"):
         entry.note("global_sparsity", "GlobalMagnitudePruningModifier is the name of this today")
 

@@ -46,6 +46,7 @@ class Claim:
         self.finals: dict[str, float | None] = {}
         self.inits: dict[str, float] = {}
         self.frequency = 1.0
+        self.field = "params"  # the one whose selectors name the parameters
         self.left: dict[str, str] = {}  # name -> why it stays dense
         if isinstance(modifier, GMPruningModifier):
             self._read(modifier, network)
@@ -59,8 +60,9 @@ class Claim:
         if not self.start < self.end < math.inf:
             raise InputError(f"{self.label}: end_epoch {modifier.end_epoch:g} must come after start_epoch {modifier.start_epoch:g}")
         self.kind, self.pooled, self.frequency = _mask_type(modifier, self.label), modifier.global_sparsity, modifier.update_frequency
+        self.field = "final_sparsity" if modifier.targets else "params"
         for final, selectors in modifier.targets or ((modifier.final_sparsity, modifier.params),):
-            for name in select(selectors, network, self.label):
+            for name in select(selectors, network, self.label, field=self.field):
                 if name in self.finals:
                     raise InputError(f"{self.label}: final_sparsity: {name} has two targets, {self.finals[name]:g} and {final:g}; give one")
                 self.finals[name] = _final(final, self.kind, self.label)
@@ -328,7 +330,7 @@ def _tell(claims: Sequence[Claim], epochs: int, ends: Sequence[str]) -> None:
     for claim in claims:
         LOGGER.info(claim.describe(ends))
         if claim.strays:
-            LOGGER.warning(f"{claim.label}: params: {claim.strays}")
+            LOGGER.warning(f"{claim.label}: {claim.field}: {claim.strays}")
         if claim.left:
             LOGGER.warning(f"{claim.label}: mask_type {claim.kind} leaves dense: {_listed(claim.left)}")
         if claim.start >= epochs:

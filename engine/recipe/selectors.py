@@ -22,24 +22,24 @@ def prunable(network: Network) -> list[str]:
     return [name for name, p in network.named_parameters() if name.endswith(".weight") and p.dim() == 4]
 
 
-def select(selectors: Sequence[str], network: Network, where: str, strict: bool = True) -> list[str]:
+def select(selectors: Sequence[str], network: Network, where: str, strict: bool = True, field: str = "params") -> list[str]:
     """Names of the parameters that any of `selectors` matches, in the network's order.
 
     A selector is `__ALL_PRUNABLE__`, `__ALL__` (in any case), a parameter's exact name, or `re:PATTERN`, which must match from the start of the
-    name on (`re.match`). With `strict` each must match a parameter: `InputError` names `where` and the misses alone, with near names.
+    name on (`re.match`). With `strict` each must match a parameter: `InputError` names `where`, the `field` and the misses alone, with near names.
     """
     names = [name for name, _ in network.named_parameters()]
     chosen: set[str] = set()
     misses = []
     for selector in selectors:
-        found = _matches(selector, names, network, where)
+        found = _matches(selector, names, network, f"{where}: {field}")
         chosen.update(found)
         if not found:
             misses.append(selector)
     if strict and misses:
         told = " and ".join(f"{_quoted(miss)}{_near(miss, names)}" for miss in misses[:_SHOWN])
         more = f" (and {len(misses) - _SHOWN} more like this)" if len(misses) > _SHOWN else ""
-        raise InputError(f"{where}: params: no parameter of this model is matched by {told}{more}")
+        raise InputError(f"{where}: {field}: no parameter of this model is matched by {told}{more}")
     return [name for name in names if name in chosen]
 
 
@@ -78,7 +78,7 @@ def _matches(selector: str, names: list[str], network: Network, where: str) -> l
         try:
             pattern = re.compile(selector[len(PATTERN) :])
         except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"{where}: params: {_quoted(selector)} is no regular expression ({error})") from None
+            raise InputError(f"{where}: {_quoted(selector)} is no regular expression ({error})") from None
         return [name for name in names if pattern.match(name)]
     return [selector] if selector in names else []
 
