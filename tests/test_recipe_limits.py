@@ -172,6 +172,17 @@ def test_shipped_recipes_refuse_an_impossible_number_of_epochs(args: str) -> Non
                 read_recipe(str(file), args)
 
 
+def test_a_run_that_is_too_short_for_a_recipe_is_told_how_long_it_must_be() -> None:
+    with pytest.raises(InputError) as error:
+        read_recipe(str(RECIPES / "gmp_qat.yaml"), "lr=0.1,epochs=1")
+    assert str(error.value).endswith("--recipe-args: epochs=1 is too small, this recipe needs epochs of at least 2")
+    assert read_recipe(str(RECIPES / "gmp_qat.yaml"), "lr=0.1,epochs=2").epochs == 2
+    for wrong in ("lr=2", "sparsity=80", "epochs=2000000"):
+        with pytest.raises(InputError) as error:
+            read_recipe(str(RECIPES / "gmp_qat.yaml"), wrong)
+        assert "too small" not in str(error.value)
+
+
 # any text at all
 
 WORDS = [

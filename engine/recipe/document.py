@@ -24,6 +24,7 @@ SUFFIXES = (".yaml", ".yml", ".md")
 METADATA = "__metadata__"
 _GROUP = "modifiers"
 _LARGEST = 1_000_000  # bytes
+_FEW, _TRIES = 1000, 10  # numbers up to which, and how many, are tried in search of one that is large enough
 
 
 @dataclass
@@ -70,7 +71,11 @@ def recipe_of(text: str, source: str, args: str = "", markdown: bool = False) ->
     """The recipe in `text`, which came from `source` (named in messages); `markdown`: in its front matter. Raises `InputError`."""
     try:
         nodes, overrides = nodes_of(text, source, markdown), overrides_of(args)
-        recipe = _Reading(nodes, overrides).recipe()
+        reading = _Reading(nodes, overrides)
+        try:
+            recipe = reading.recipe()
+        except InputError as error:
+            raise InputError(f"{error}{_too_small(nodes, overrides)}") from None
         idle = tuple(
             f"{ARGS_FLAG}: {word(name)} changes nothing: no modifier uses it, or it is that already"
             for name in _idle(nodes, overrides, recipe)
@@ -78,6 +83,20 @@ def recipe_of(text: str, source: str, args: str = "", markdown: bool = False) ->
         return replace(recipe, notes=(*recipe.notes, *idle))
     except RecursionError:  # an alias within itself, too
         raise InputError(f"{source}: nested too deeply") from None
+
+
+def _too_small(nodes: Nodes, overrides: Mapping[str, Any]) -> str:
+    """Which override of a recipe that cannot be read is to blame, where a somewhat larger number would do: most likely a number of epochs."""
+    for name, value in overrides.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _FEW:
+            continue
+        for least in range(math.floor(value) + 1, math.floor(value) + 1 + _TRIES):
+            try:
+                _Reading(nodes, {**overrides, name: least}).recipe()
+            except InputError:
+                continue
+            return f"; {ARGS_FLAG}: {word(name)}={value} is too small, this recipe needs {word(name)} of at least {least}"
+    return ""
 
 
 def _idle(nodes: Nodes, overrides: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
