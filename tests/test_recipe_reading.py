@@ -23,6 +23,7 @@ from engine.recipe.modifiers import (
 )
 from engine.recipe.run import open_recipe, saved_recipe
 from engine.recipe.writer import to_yaml
+from utils.errors import InputError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHIPPED = sorted(p.name for p in RECIPES.iterdir())
@@ -407,6 +408,25 @@ def test_an_override_reaches_what_used_the_alias() -> None:
 
 def test_an_override_may_be_an_expression() -> None:
     assert [m.end_epoch for m in read(ANCHORED, "num_epochs=eval(_other * 2)").modifiers] == [6.0, 6.0]
+
+
+TARGETS = """
+few: &few 0.5
+many: &many 0.8
+modifiers:
+  - !GMPruningModifier
+    {{init_sparsity: 0, final_sparsity: {{{}: [a], {}: [b]}}, start_epoch: 0, end_epoch: 3, update_frequency: 1, params: []}}
+"""
+
+
+@pytest.mark.parametrize("keys", [("*few ", "*many "), ("eval(few)", "eval(many)")])
+def test_an_override_reaches_keys(keys: tuple[str, str]) -> None:
+    text = TARGETS.format(*keys)
+    assert one(text).targets == ((0.5, ("a",)), (0.8, ("b",)))
+    assert one(text, "many=0.9,few=eval(many / 2)").targets == ((0.45, ("a",)), (0.9, ("b",)))
+    for args, said in (("few=0.8", "is given twice" if "*" in keys[0] else "0.8 is a key twice"), ("few=[0.5]", "a key")):
+        with pytest.raises(InputError, match=f"^r.yaml:[0-9]: GMPruningModifier: final_sparsity: .*{said}"):
+            read(text, args)
 
 
 def test_a_variable_that_is_an_alias_is_overridden_alone() -> None:

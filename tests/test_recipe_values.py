@@ -155,9 +155,9 @@ def test_what_cannot_be_computed_says_so(text: str, said: str) -> None:
     assert str(error.value).startswith(said)
 
 
-def test_substitution_goes_through_lists_and_mappings_and_leaves_the_rest() -> None:
+def test_substitution_goes_through_lists_mappings_and_keys_and_leaves_the_rest() -> None:
     value = {"eval(a)": ["eval(a + 1)", {"x": "eval(mask)"}, "plain", 5, None], "y": "eval"}
-    assert substitute(value, {"a": 1, "mask": "block4"}) == {"eval(a)": [2, {"x": "block4"}, "plain", 5, None], "y": "eval"}
+    assert substitute(value, {"a": 1, "mask": "block4"}) == {1: [2, {"x": "block4"}, "plain", 5, None], "y": "eval"}
 
 
 def where(name: str) -> str:

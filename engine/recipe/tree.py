@@ -91,7 +91,11 @@ class Tree:
                 continue
             if not isinstance(key, yaml.ScalarNode) or is_tagged(key):
                 raise InputError(f"{self.nodes.where(key)}: {place}: a key must be a name or a number")
-            name = self._scalar(key, place)
+            name = self.replaced[id(key)] if id(key) in self.replaced else self._scalar(key, place)
+            if isinstance(name, (list, dict)):
+                raise InputError(
+                    f"{self.nodes.where(key)}: {place}: a key must be a name or a number, and an override makes it {name!r:.60}"
+                )
             if name in made:
                 raise InputError(f"{self.nodes.where(key)}: {place}: {word(key.value)} is given twice")
             made[name] = self.value(value, f"{place}: {word(key.value)}")

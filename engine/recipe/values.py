@@ -86,7 +86,7 @@ def evaluate(text: str, names: Mapping[str, Any]) -> Any:
 
 
 def substitute(value: Any, names: Mapping[str, Any]) -> Any:
-    """`value` with every expression in it, through lists and mappings, replaced by what it evaluates to."""
+    """`value` with every expression in it, through lists and mappings and their keys, replaced by what it evaluates to."""
     inner = expression(value)
     if inner is not None:
         try:
@@ -96,8 +96,19 @@ def substitute(value: Any, names: Mapping[str, Any]) -> Any:
     if isinstance(value, list):
         return [substitute(v, names) for v in value]
     if isinstance(value, dict):
-        return {k: substitute(v, names) for k, v in value.items()}
+        keys = [_key(k, names) for k in value]
+        twice = next((k for k in keys if keys.count(k) > 1), None) if any(map(expression, value)) else None
+        if twice is not None:
+            raise ExpressionError(f"{word(twice)} is a key twice")
+        return {k: substitute(v, names) for k, v in zip(keys, value.values())}
     return value
+
+
+def _key(key: Any, names: Mapping[str, Any]) -> Any:
+    found = substitute(key, names)
+    if isinstance(found, (list, dict)):
+        raise ExpressionError(f"{word(key)}: {found!r:.60} cannot be a key")
+    return found
 
 
 def check_size(value: Any) -> None:
@@ -148,7 +159,7 @@ def _names_in(value: Any) -> Iterable[str]:
             return []
         called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called]
-    parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else []
+    parts = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
     return [name for part in parts for name in _names_in(part)]
 
 
