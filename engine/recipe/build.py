@@ -38,7 +38,7 @@ _MAGNITUDE = "GMPruningModifier and GlobalMagnitudePruningModifier rank weights 
 _CHANNELS = "prune.py and slim_prune.py remove whole channels, before a recipe's training"
 _NO_SECOND = "nothing here takes its place"
 _LANGUAGE = "it is for language models"
-# Beginnings of names, in lower case, that SparseML knows and this project does not -> what there is instead.
+# Parts of names, in lower case, that SparseML knows and this project does not -> what there is instead.
 _REFUSED = {
     "acdc": _MAGNITUDE,
     "mfac": _MAGNITUDE,
@@ -77,8 +77,9 @@ def modifier(tagged: Tagged) -> tuple[Modifier | None, list[str]]:
     for begin, why in _IGNORED.items():
         if low.startswith(begin):
             return None, [f"{tagged.where}: {tagged.name} has no effect: {why}"]
-    for begin, instead in _REFUSED.items():
-        if low.startswith(begin):
+    told = low.replace("unstructured", "").replace("observer", "")  # which hold parts of other names
+    for part, instead in _REFUSED.items():
+        if part in told and tagged.name not in KINDS:
             raise InputError(f"{tagged.where}: {tagged.name} is not supported; {instead}")
     if tagged.name not in KINDS:
         near = did_you_mean(tagged.name, KINDS) or f"; known are {', '.join(KINDS)}"
@@ -135,7 +136,10 @@ def _scheduler(entry: Entry) -> None:
     if "milestones" in made:
         start, end = max(values["start_epoch"], 0.0), values.get("end_epoch", -1.0)
         if not all(start < m and (end < 0 or m < end) for m in made["milestones"]):
-            raise entry.error("lr_kwargs", f"milestones are not all between start_epoch {start:g} and end_epoch {end:g}")
+            span = f"after start_epoch {start:g}" if end < 0 else f"between start_epoch {start:g} and end_epoch {end:g}"
+            raise entry.error(
+                "lr_kwargs", f"milestones {f.shown(values['lr_kwargs']['milestones'])} are epochs of the run, and not all {span}"
+            )
     values["lr_kwargs"] = made
 
 

@@ -156,6 +156,8 @@ def _float_paths(entry: Entry, name: str) -> tuple[str, ...]:
     """The module paths of a list of paths and kinds. Kinds without weights are noted; those with weights are refused, as only paths choose here."""
     paths, kinds = [], []
     for item in entry.values.pop(name, ()):
+        if not item:
+            raise entry.error(name, "'' would be the whole network; name the paths of those that stay in float, as in model.24")
         if item in _WITHOUT_WEIGHTS:
             kinds.append(item)
         elif "." in item or item in _EVERYTHING:

@@ -117,7 +117,7 @@ def overrides_of(args: str | None) -> dict[str, Any]:
         return {}
     if text.startswith("{"):
         try:
-            return _numbers(json.loads(text))
+            return _numbers(json.loads(text, object_pairs_hook=_once))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{ARGS_FLAG}: not JSON: {error}") from None
     found: dict[str, Any] = {}
@@ -130,6 +130,15 @@ def overrides_of(args: str | None) -> dict[str, Any]:
             raise InputError(f"{ARGS_FLAG}: {word(name)} is given twice")
         found[name] = _typed(value)
     return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of whose keys each stands there once."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InputError(f"{ARGS_FLAG}: {word(next(name for name in names if names.count(name) > 1))} is given twice")
+    return made
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -168,6 +177,7 @@ class _Reading:
     def __init__(self, nodes: Nodes, overrides: Mapping[str, Any]) -> None:
         self.nodes, self.overrides = nodes, overrides
         self.notes: list[str] = list(nodes.notes)
+        self.idle: list[Tagged] = []  # modifiers that are known and have nothing to do
         self.stages: list[Scope] = []
         self.top = Scope()
         self.tree = Tree(nodes)
@@ -179,6 +189,8 @@ class _Reading:
         staged = [self._modifiers(scope) for scope in self.stages]
         order = sorted(range(len(staged)), key=lambda i: _edges(staged[i]))
         modifiers = [*self._modifiers(self.top), *(m for i in order for m in staged[i])]
+        if not modifiers and self.idle:
+            raise InputError(f"{self.idle[0].where}: {self.idle[0].name} has no effect here, and the recipe has no other modifier")
         if not modifiers:
             raise InputError(f"{self.nodes.source}: no modifiers; they stand as a list under a key with 'modifiers' in its name")
         twice = [m for m in modifiers if isinstance(m, QuantizationModifier)][1:]
@@ -249,7 +261,10 @@ class _Reading:
             for tagged in self._tagged(group, key):
                 modifier, notes = build.modifier(_evaluated(tagged, values))
                 self.notes += notes
-                made += [modifier] if modifier else []
+                if modifier is None:
+                    self.idle.append(tagged)
+                else:
+                    made.append(modifier)
         return made
 
     def _tagged(self, node: yaml.Node, key: str) -> Iterator[Tagged]:

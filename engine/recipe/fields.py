@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.recipe.modifiers import ALL, ALL_PRUNABLE
 from engine.recipe.tree import Tagged
-from engine.recipe.values import word
+from engine.recipe.values import shown, word
 from utils.errors import InputError, did_you_mean
 
 Check = Callable[[Any], Any]
@@ -78,13 +78,6 @@ class Entry:
         missing = [name for name, f in known.items() if f.required and name not in self.tagged.fields]
         if missing:
             raise self.error("", f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
-
-
-def shown(value: Any) -> str:
-    """A value for a message, as the recipe might have it, on one line."""
-    words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _real(value: Any) -> bool:
@@ -209,6 +202,8 @@ def mask_type(value: Any) -> str:
         return text.lower()
     if text.lower() == "tensorrt":
         return "2:4"
+    if text.lower() in ("filter", "channel"):
+        raise Wrong(f"{right}; prune.py and slim_prune.py remove whole channels, before a recipe's training")
     found = _MASK.fullmatch(text)
     if not found:
         raise Wrong(right + did_you_mean(text, ("unstructured", "block4", "tensorrt")))

@@ -10,7 +10,7 @@ import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
 from engine.recipe.text import Nodes
-from engine.recipe.values import BITS, plain_number, word
+from engine.recipe.values import BITS, plain_number, shown, word
 from utils.errors import InputError
 
 _STANDARD = "tag:yaml.org,2002:"
@@ -94,7 +94,7 @@ class Tree:
             name = self.replaced[id(key)] if id(key) in self.replaced else self._scalar(key, place)
             if isinstance(name, (list, dict)):
                 raise InputError(
-                    f"{self.nodes.where(key)}: {place}: a key must be a name or a number, and an override makes it {name!r:.60}"
+                    f"{self.nodes.where(key)}: {place}: a key must be a name or a number, and an override makes it {shown(name)}"
                 )
             if name in made:
                 raise InputError(f"{self.nodes.where(key)}: {place}: {word(key.value)} is given twice")

@@ -51,6 +51,21 @@ def word(name: Any) -> str:
     return text if len(text) <= 80 and text.isprintable() else f"{text[:60]!r}..."
 
 
+def shown(value: Any) -> str:
+    """A value for a message, as the recipe might have it, on one line."""
+    text = _written(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_written(k)}: {_written(v)}' for k, v in value.items())}}}"
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else repr(value)
+
+
 def listed(names: Iterable[Any]) -> str:
     """Names for a message, not too many."""
     shown = [word(name) for name in names]
@@ -107,7 +122,7 @@ def substitute(value: Any, names: Mapping[str, Any]) -> Any:
 def _key(key: Any, names: Mapping[str, Any]) -> Any:
     found = substitute(key, names)
     if isinstance(found, (list, dict)):
-        raise ExpressionError(f"{word(key)}: {found!r:.60} cannot be a key")
+        raise ExpressionError(f"{word(key)}: {shown(found)} cannot be a key")
     return found
 
 
@@ -199,7 +214,7 @@ def _variable(node: ast.Name, names: Mapping[str, Any]) -> Any:
 
 def _number(value: Any, what: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ExpressionError(f"{what} is {value!r:.60}, which is no number")
+        raise ExpressionError(f"{what} is {shown(value)}, which is no number")
     if isinstance(value, int) and value.bit_length() > BITS:
         raise ExpressionError("its numbers are too large")
     return value
