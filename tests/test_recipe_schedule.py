@@ -126,8 +126,9 @@ class Spy:
     def __init__(self) -> None:
         self.calls: list[tuple[float, bool]] = []
 
-    def update(self, clock: float, last: bool) -> None:
+    def update(self, clock: float, last: bool) -> bool:
         self.calls.append((clock, last))
+        return False
 
 
 def scheduled(*modifiers: Modifier, batches: int = 10, epochs: int = 4, name: str = "SGD", spy: Spy | None = None) -> RecipeSchedule:

@@ -6,17 +6,20 @@ import gzip
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from engine.ema import Ema
+from engine.loop import Loop
 from engine.observers import TensorBoard
 from engine.recipe.modifiers import ConstantPruningModifier, GlobalMagnitudePruningModifier, Modifier
-from engine.recipe.observers import SparsityLog, report_pruning
+from engine.recipe.observers import SparsityLog
 from engine.recipe.pruner import MagnitudePruner
+from engine.recipe.run import report_recipe
 from engine.recipe.selectors import prunable
-from engine.seams import EpochRecord
+from engine.seams import EpochRecord, Seams
 from engine.sparsity_report import (
     ADVICE,
     SparsityRow,
@@ -96,10 +99,15 @@ def test_a_saved_checkpoint_has_the_recipes_zeros_and_compresses(tmp_path: Path)
     assert text.splitlines()[-2].startswith("all parameters") and "MB compressed (gzip -6; " in text.splitlines()[-1]
 
 
+def ended(pruner: MagnitudePruner) -> Loop:
+    """A loop that has nothing but masks, as at a run's end."""
+    return cast(Loop, SimpleNamespace(seams=Seams(masks=[pruner])))
+
+
 def test_the_report_tells_a_recipes_own_weights_from_all(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     network, pruner = pruned(0.5, params=("re:model.1.*conv.weight", *HEADS))
     files = [save(network, tmp_path / name) for name in ("best.pt", "last.pt")]
-    report_pruning(pruner, files, tmp_path)
+    report_recipe(ended(pruner), files[0], files[1:], tmp_path)
     saved = json.loads((tmp_path / "sparsity.json").read_text())
     assert saved["target"] == 0.5 and [file["file"] for file in saved["files"]] == ["best.pt", "last.pt"]
     best = saved["files"][0]
@@ -107,14 +115,14 @@ def test_the_report_tells_a_recipes_own_weights_from_all(tmp_path: Path, capsys:
     assert {"name", "weights", "zeros", "sparsity"} == best["layers"][0].keys() and {"bytes", "compressed", "parameters"} <= best.keys()
     said = capsys.readouterr().out
     assert f"zeros in {files[0]}, counted in the file (the recipe asks for 50.0% and has 50.0" in said
-    assert "weights of the recipe" in said and "last.pt: " in said and said.rstrip().endswith(ADVICE)
+    assert "weights of the recipe" in said and "last.pt: " in said and said.splitlines()[-2] == ADVICE
 
 
 def test_zeros_that_are_only_kept_are_reported_without_a_target(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     network, _ = pruned(0.6)
     keeper = MagnitudePruner([ConstantPruningModifier()], network, epochs=1, batches=1)
     keeper.update(0.0, last=True)
-    report_pruning(keeper, [save(network, tmp_path / "last.pt")], tmp_path)
+    report_recipe(ended(keeper), save(network, tmp_path / "last.pt"), [], tmp_path)
     assert json.loads((tmp_path / "sparsity.json").read_text())["target"] is None
     assert f"zeros in {tmp_path / 'last.pt'}, counted in the file:\n" in capsys.readouterr().out
 

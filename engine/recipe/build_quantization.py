@@ -16,7 +16,7 @@ _POLICY = "which activations are 8-bit is decided by the network and the runtime
 _WEIGHTS = "weights are int8, symmetric, with a scale for each output channel"
 _EVERYTHING = ("", "model")
 # Kinds of modules that hold no weights of a convolution, so that naming them leaves no convolution in float.
-_WITHOUT_WEIGHTS = (
+WITHOUT_WEIGHTS = (
     *("SiLU", "Hardswish", "Hardsigmoid", "LeakyReLU", "ReLU", "ReLU6", "Mish", "Sigmoid", "Softmax", "Identity", "Dropout", "Flatten"),
     *("BatchNorm2d", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "Upsample", "Concat", "FloatFunctional", "Add", "AddInput"),
     *("Embedding", "Linear"),
@@ -158,14 +158,14 @@ def _float_paths(entry: Entry, name: str) -> tuple[str, ...]:
     for item in entry.values.pop(name, ()):
         if not item:
             raise entry.error(name, "'' would be the whole network; name the paths of those that stay in float, as in model.24")
-        if item in _WITHOUT_WEIGHTS:
+        if item in WITHOUT_WEIGHTS:
             kinds.append(item)
         elif "." in item or item in _EVERYTHING:
             paths.append(item)
         elif item in _WITH_WEIGHTS:
             raise entry.error(name, f"{item} is a kind of module; name the paths of those that stay in float, as in model.24")
         else:
-            near = did_you_mean(item, (*_WITHOUT_WEIGHTS, *_WITH_WEIGHTS))
+            near = did_you_mean(item, (*WITHOUT_WEIGHTS, *_WITH_WEIGHTS))
             raise entry.error(name, f"{item!r:.60} is neither a module's path, as in model.24, nor a kind of module{near}")
     if kinds:
         entry.note(name, f"{', '.join(kinds)}: {_POLICY}")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from engine.loop import Loop
 from engine.observers import TensorBoard
 from engine.recipe.pruner import MagnitudePruner
 from engine.seams import EpochRecord, Observer
-from engine.sparsity_report import report_sparsity, sparsity_rows, total
+from engine.sparsity_report import sparsity_rows, total
 from utils.log import LOGGER
 
 
@@ -31,8 +28,3 @@ class SparsityLog(Observer):
             self.board.writer.add_scalar(f"sparsity/{row.name.removesuffix('.weight')}", row.share, record.epoch)
         self.board.writer.add_scalar("sparsity/total", share, record.epoch)
         return False
-
-
-def report_pruning(pruner: MagnitudePruner, files: Sequence[Path], folder: Path) -> None:
-    """At the end of the run: `folder`/sparsity.json and the log's table, counted in the stripped checkpoints `files`."""
-    report_sparsity(files, folder, pruner.ramped or pruner.names, pruner.target if pruner.ramped else None)

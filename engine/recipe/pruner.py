@@ -156,16 +156,6 @@ class MagnitudePruner:
         return {name for claim in self.claims if claim.start <= EPSILON for name in claim.finals}
 
     @property
-    def active(self) -> bool:
-        """Whether any weight is held at zero now."""
-        return bool(self.masks)
-
-    @property
-    def phase_end(self) -> int:
-        """The epoch from which on the network is as sparse as it will be: the largest rounded-up end of a ramp; 0 without one."""
-        return max((min(math.ceil(c.end), self.epochs) for c in self.claims if c.ramps and c.start < self.epochs), default=0)
-
-    @property
     def ramped(self) -> list[str]:
         """Of `names` those with a ramp."""
         claimed = {name for claim in self.claims if claim.ramps for name in claim.finals}
@@ -333,9 +323,7 @@ def _tell(claims: Sequence[Claim], epochs: int, ends: Sequence[str]) -> None:
             LOGGER.warning(f"{claim.label}: {claim.field}: {claim.strays}")
         if claim.left:
             LOGGER.warning(f"{claim.label}: mask_type {claim.kind} leaves dense: {_listed(claim.left)}")
-        if claim.start >= epochs:
-            LOGGER.warning(f"{claim.label}: never starts: its start_epoch {claim.start:g} is not before the run's end ({epochs} epochs)")
-        elif claim.ramps and claim.end > epochs + EPSILON:
+        if claim.ramps and claim.end > epochs + EPSILON:
             LOGGER.warning(
                 f"{claim.label}: its ramp ends at epoch {claim.end:g}, after the run ({epochs} epochs); the last batch takes the rest of the way "
                 "at once. A recipe with an EpochRangeModifier sets the run's length by itself"

@@ -62,7 +62,7 @@ def open_recipe(options: TrainOptions) -> tuple[TrainOptions, Recipe | None]:
     options = replace(options, recipe_text=read_text(Path(options.recipe)))
     if recipe.epochs is not None and recipe.epochs != options.epochs:
         LOGGER.info(f"{options.recipe}: its EpochRangeModifier makes this a run of {recipe.epochs} epochs (--epochs says {options.epochs})")
-        options = replace(options, epochs=max(recipe.epochs, 1))
+        options = replace(options, epochs=recipe.epochs)
     for modifier in recipe.modifiers:
         _check(modifier, options.epochs)
     return _with_teacher(options, recipe), recipe

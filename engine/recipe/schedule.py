@@ -15,8 +15,8 @@ from engine.seams import Schedule
 class Updated(Protocol):
     """What changes its masks by the clock."""
 
-    def update(self, clock: float, last: bool) -> None:
-        """Called before every batch with the recipe's clock; `last`: before the last batch of the run."""
+    def update(self, clock: float, last: bool) -> bool:
+        """Called before every batch with the recipe's clock, `last`: before the last batch of the run. Whether the masks may have changed."""
 
 
 @dataclass

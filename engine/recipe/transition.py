@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.ema import Ema
+from engine.recipe.build_quantization import WITHOUT_WEIGHTS
 from engine.recipe.modifiers import QuantizationModifier, Recipe, first_epoch
 from models.blocks import Blocks, resolutions
 from models.quantization import QuantScheme, quant_plan, quantize
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 # Bytes that a training step keeps for its backward pass, per value that a convolution gives: measured on YOLOv5n and s with torch's saved-tensor hooks
 # (11 and 12 in float32, 7 and 8 under autocast, 23 and 28 quantised, where each rounding keeps what it gives and a mask of what it clipped).
 FLOAT_BYTES, AUTOCAST_BYTES, QUANTIZED_BYTES = 12, 8, 28
-# Kinds of layers that have no weights: their values lie on the grids of what they read, so there is nothing to leave out.
-_WITHOUT_WEIGHTS = {
-    "Concat", "Upsample", "MaxPool2d", "SiLU", "Hardswish", "LeakyReLU", "ReLU", "Sigmoid", "Identity", "BatchNorm2d", "Add", "FloatFunctional",
-}  # fmt: skip
 
 
 class QuantizationTransition:
@@ -85,7 +82,7 @@ def scheme_of(modifier: QuantizationModifier, blocks: Blocks) -> QuantScheme:
     Raises `InputError` for paths that name nothing, and where no convolution is left.
     """
     empty = {b.name for b in blocks if b.name and not any(_inside(c.name, b.name) for c in blocks if c.kind == "convolutional")}
-    passed = [entry for entry in (*modifier.modules, *modifier.ignore) if entry in empty | _WITHOUT_WEIGHTS]
+    passed = [entry for entry in (*modifier.modules, *modifier.ignore) if entry in empty or entry in WITHOUT_WEIGHTS]
     if passed:
         LOGGER.info(f"QuantizationModifier: {', '.join(passed)} have no weights, and are as quantised as what they read")
     modules = tuple(entry for entry in modifier.modules if entry not in passed)
