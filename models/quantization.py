@@ -181,10 +181,10 @@ def grid(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and int32 zero point of activations between `low` and `high`: 0..255 (affine), or -128..127 around 0. Zero is on the grid."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
-        scale = (torch.maximum(-low, high) / 127).clamp(min=TINY)
+        scale = torch.maximum(-low, high).div_(127).clamp_(min=TINY)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
-    scale = ((high - low) / 255).clamp(min=TINY)
-    return scale, (-low / scale).round().clamp(0, 255).to(torch.int32)
+    scale = (high - low).div_(255).clamp_(min=TINY)
+    return scale, (low / scale).round_().to(torch.int32).neg_()
 
 
 def gate_grid(symmetric: bool) -> tuple[float, int]:
@@ -224,13 +224,15 @@ class Quantization(nn.Module):
         self.register_buffer("low", torch.full((len(self.plan.members),), math.inf))
         self.register_buffer("high", torch.full((len(self.plan.members),), -math.inf))
         self._image = self.plan.sources.get(0)
+        self._seen: set[int] = set()  # members with a range; asking the buffers would wait for the device
         if self._image is not None:
             self.low[self._image], self.high[self._image] = 0.0, 1.0
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         """Ranges that come with a state dict, as when a training is resumed, count as observed."""
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.observed = bool(torch.isfinite(self.low).all())
+        self._seen = set(self.low.isfinite().nonzero().flatten().tolist())
+        self.observed = len(self._seen) == len(self.plan.members)
 
     def saved(self) -> Ranges:
         """What a checkpoint keeps."""
@@ -245,14 +247,14 @@ class Quantization(nn.Module):
         values = torch.tensor([ranges[name] for name in self.plan.members], dtype=self.low.dtype)
         self.low.copy_(values[:, 0])
         self.high.copy_(values[:, 1])
-        self.observed = True
+        self._seen, self.observed = set(range(len(values))), True
 
     def attach(self, network: Network) -> None:
         """Quantise `network`, of the same blocks but for folded batch norms, in the same way, with ranges of its own that equal these."""
         copy = Quantization(network.blocks, self.scheme).to(self.low.device)
         copy.low.copy_(self.low)
         copy.high.copy_(self.high)
-        copy.form, copy.observing, copy.observed = self.form, self.observing, self.observed
+        copy.form, copy.observing, copy.observed, copy._seen = self.form, self.observing, self.observed, set(self._seen)
         copy.install(network)
 
     def install(self, network: Network) -> None:
@@ -355,10 +357,14 @@ class Quantization(nn.Module):
     @torch.no_grad()
     def _observe(self, member: int, x: Tensor) -> None:
         low, high = torch.aminmax(x.movedim(1, -1))  # of channels last a view without gaps, which is read as it lies
-        low = low.clamp(min=self.plan.floors[member])
-        fresh = torch.isinf(self.low[member])
-        self.low[member] = torch.where(fresh, low, torch.lerp(self.low[member], low, AVERAGING))
-        self.high[member] = torch.where(fresh, high, torch.lerp(self.high[member], high, AVERAGING))
+        if self.plan.floors[member] > -math.inf:
+            low.clamp_(min=self.plan.floors[member])
+        if member in self._seen:
+            self.low[member].lerp_(low, AVERAGING)
+            self.high[member].lerp_(high, AVERAGING)
+        else:
+            self.low[member], self.high[member] = low, high
+            self._seen.add(member)
         self.observed = True
 
 
