@@ -33,7 +33,7 @@ def start_one_shot(args: Namespace, given: set[str]) -> None:
     names = {f.name for f in fields(OneShotOptions)}
     idle = sorted(given - names - {"one_shot"})
     if idle:
-        LOGGER.info(f"--one-shot: {', '.join('--' + name.replace('_', '-') for name in idle)} count in training alone")
+        LOGGER.info(f"--one-shot: nothing is trained, so nothing reads {', '.join('--' + name.replace('_', '-') for name in idle)}")
     one_shot(OneShotOptions(**{name: getattr(args, name) for name in given & names | {"weights", "recipe"}}))
 
 
