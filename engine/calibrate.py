@@ -19,7 +19,7 @@ from engine.inference import inference_network
 from models.blocks import is_classifier
 from models.checkpoint import Model
 from models.network import Network
-from models.quantization import QuantPlan, QuantScheme, Ranges, quantize
+from models.quantization import IMAGE, QuantPlan, QuantScheme, Ranges, quantize
 from utils.data_config import read_data
 from utils.dataset import DatasetOptions, DetectionDataset, make_loader
 from utils.device import Precision, evaluation_workers
@@ -115,8 +115,8 @@ def find_ranges(network: Network, images: Batches, scheme: QuantScheme, method: 
             histograms = _Histograms(extremes.low, extremes.high)
             _watch(network, images, histograms, bar)
             low, high = _cut(histograms, extremes.low, extremes.high, method, scheme.symmetric)
-    if 0 in plan.sources:  # the image itself, whose 256 levels are the bytes
-        low[plan.sources[0]], high[plan.sources[0]] = 0.0, 1.0
+    if plan.image is not None:
+        low[plan.image], high[plan.image] = IMAGE
     return {name: (float(a), float(b)) for name, a, b in zip(plan.members, low, high)}
 
 

@@ -117,8 +117,6 @@ def _train(options: TrainOptions, recipe: Recipe | None, folder: Path, resumed: 
     if not resumed:
         blocks = task.fit(blocks, data, hyp, options)
     network = _network(blocks, state, options, hyp)
-    if not resumed:
-        warn_of_regrowth(start.state, recipe, options.weights)
     if options.sync_bn:
         synchronise_norms(network)
     network.to(device, memory_format=torch.channels_last)
@@ -136,6 +134,8 @@ def _train(options: TrainOptions, recipe: Recipe | None, folder: Path, resumed: 
     loop, checkpoints = _assemble(task, network, data, hyp, options, recipe, precision, folder, world)
     if resumed:
         loop.load_state_dict(resumed.training, resumed.state, resumed.epoch)
+    else:
+        warn_of_regrowth(loop, options.weights)
     with nothing_lost(checkpoints, options):
         if world.is_main:
             _prepare_folder(folder, options, recipe, hyp)

@@ -29,6 +29,7 @@ from utils.errors import InputError, did_you_mean
 
 WEIGHT_LEVELS = 127
 AVERAGING = 0.01  # share of a batch in the moving averages
+IMAGE = 0.0, 1.0  # the range of an image: its 256 levels are the bytes
 TINY = 1e-8
 _MOVES = frozenset(
     {"route", "upsample", "maxpool", "zeropad", "focus"}
@@ -59,7 +60,8 @@ class Form:
     """Which of the plan's roundings a runtime is given; which is fastest is measured, see docs/quantization.md.
 
     inner: around activation functions.  branches: where a convolution's output goes into a residual add and nowhere else.  moved: once more behind blocks
-    that move values.  bias: int32, at the scale of the products.  signed: symmetric activations are written as -128..127, not as 0..255 around 128.
+    that move values.  bias: int32, at the scale of the products.  signed: symmetric activations are written as -128..127, not as 0..255 around 128;
+    OpenVINO takes int8 without a zero point for another scale.
     """
 
     inner: bool = True
@@ -71,9 +73,7 @@ class Form:
 
 FORMS = {
     "onnxruntime": Form(),
-    "openvino": Form(
-        inner=False, branches=False, moved=False, bias=False, signed=False
-    ),  # it takes int8 without a zero point for another scale
+    "openvino": Form(inner=False, branches=False, moved=False, bias=False, signed=False),
     "tensorrt": Form(inner=False, branches=False, bias=False),
 }
 
@@ -94,6 +94,11 @@ class QuantPlan:
     sources: Mapping[int, int]  # block -> the member that its output is
     floors: tuple[float, ...]  # per member: where its range may begin at the lowest
     branches: frozenset[int]
+
+    @property
+    def image(self) -> int | None:
+        """The member that the image is, if it is rounded. Its range is known: `IMAGE`."""
+        return self.sources.get(0)
 
 
 def path_of(block: Block, index: int) -> str:
@@ -223,10 +228,9 @@ class Quantization(nn.Module):
         self.watch: Callable[[int, Tensor], None] | None = None  # calibration looks at each member's values here, and nothing is rounded
         self.register_buffer("low", torch.full((len(self.plan.members),), math.inf))
         self.register_buffer("high", torch.full((len(self.plan.members),), -math.inf))
-        self._image = self.plan.sources.get(0)
         self._seen: set[int] = set()  # members with a range; asking the buffers would wait for the device
-        if self._image is not None:
-            self.low[self._image], self.high[self._image] = 0.0, 1.0
+        if self.plan.image is not None:
+            self.low[self.plan.image], self.high[self.plan.image] = IMAGE
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         """Ranges that come with a state dict, as when a training is resumed, count as observed."""
@@ -325,7 +329,7 @@ class Quantization(nn.Module):
         if self.watch:
             self.watch(member, x)
             return x
-        if self.training and self.observing and member != self._image:
+        if self.training and self.observing and member != self.plan.image:
             self._observe(member, x.detach())
         return self._fake(x, *self.parameters_of(point)) if self._acts else x
 

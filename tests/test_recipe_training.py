@@ -20,6 +20,7 @@ from engine.options import TrainOptions
 from engine.recipe.distill import RecipeDistillation
 from engine.recipe.document import recipe_of
 from engine.recipe.modifiers import (
+    PRUNING,
     DistillationModifier,
     GlobalMagnitudePruningModifier,
     Modifier,
@@ -29,7 +30,7 @@ from engine.recipe.modifiers import (
 )
 from engine.recipe.phases import Phases
 from engine.recipe.pruner import MagnitudePruner
-from engine.recipe.run import Pace, heaviest_phase, recipe_seams
+from engine.recipe.run import heaviest_phase, warn_of_regrowth
 from engine.recipe.schedule import Clock, RecipeSchedule
 from engine.recipe.selectors import prunable
 from engine.recipe.trainable import TrainableTransition
@@ -211,7 +212,7 @@ def recipe_loop(*modifiers: Modifier, epochs: int = 3, batches: int = 4, accumul
     """The loop of tests/test_training.py with the seams of `modifiers`."""
     loop = make_loop(epochs=epochs, batches=batches, accumulate=accumulate, **kwargs)
     recipe = Recipe(modifiers)
-    pruning = [m for m in modifiers if isinstance(m, GlobalMagnitudePruningModifier)]
+    pruning = recipe.of(*PRUNING)
     pruner = MagnitudePruner(pruning, loop.network, epochs, batches) if pruning else None
     loop.schedule = RecipeSchedule(loop.schedule, loop.optimizer, recipe, batches, epochs, accumulate, 0.9, Clock(), pruner)
     loop.seams = Seams(masks=[pruner] if pruner else [], transitions=[Phases(recipe, batches, epochs)])
@@ -449,8 +450,8 @@ def test_a_sparse_start_without_anything_that_holds_it_is_warned_of(place: Place
     start = str(both / "weights/best_pruned.pt")
     train(place.options("regrown", weights=start, epochs=1, noval=True))
     out = capsys.readouterr()
-    assert "of its convolution weights are zero, and nothing in this run keeps them so" in out.out + out.err
-    assert "80.0%" in out.out + out.err
+    assert "80.0% of the weights of 32 parameters" in out.out + out.err
+    assert "are zero, and nothing in this run holds them from the start: they will grow back" in out.out + out.err
 
 
 RAMP = "init_sparsity: 0.8, final_sparsity: 0.9, start_epoch: {start}, end_epoch: 3, update_frequency: 1, params: [], mask_type: {mask}"
@@ -461,7 +462,7 @@ RAMP = "init_sparsity: 0.8, final_sparsity: 0.9, start_epoch: {start}, end_epoch
     [
         ("!ConstantPruningModifier {params: __ALL_PRUNABLE__}", ""),
         ("!ConstantPruningModifier {params: __ALL_PRUNABLE__, start_epoch: 1}", "80.0% of the weights of 32 parameters (model.0.conv.weight first)"),
-        ("!ConstantPruningModifier {params: ['re:model.[1-9]']}", "80.0% of the weights of model.0.conv.weight are zero, and no modifier of the recipe"),
+        ("!ConstantPruningModifier {params: ['re:model.[1-9]']}", "80.0% of the weights of model.0.conv.weight are zero, and nothing in this run holds them"),
         ("!ConstantPruningModifier {params: ['re:model.[0-9]']}\n  - !ConstantPruningModifier {params: ['re:.*m.0'], start_epoch: 2}", ""),
         (f"!GMPruningModifier {{{RAMP.format(start=-1, mask='unstructured')}}}", ""),
         (f"!GMPruningModifier {{{RAMP.format(start=0.5, mask='unstructured')}}}", "80.0% of the weights of 32 parameters"),
@@ -469,15 +470,11 @@ RAMP = "init_sparsity: 0.8, final_sparsity: 0.9, start_epoch: {start}, end_epoch
     ],
 )  # fmt: skip
 def test_zeros_that_are_not_held_from_the_start_are_warned_of(modifier: str, said: str, capsys: pytest.CaptureFixture) -> None:
-    recipe, network = recipe_of(f"modifiers:\n  - {modifier}\n", "r.yaml"), alive(small()).requires_grad_(True)
-    for name in prunable(network):
-        flat = network.get_parameter(name).data.view(-1)
+    loop = recipe_loop(*recipe_of(f"modifiers:\n  - {modifier}\n", "r.yaml").modifiers)
+    for name in prunable(loop.network):
+        flat = loop.network.get_parameter(name).data.view(-1)
         flat[: round(flat.numel() * 0.8)] = 0
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    optimizer.param_groups[0]["role"] = "weight"
-    recipe_seams(
-        recipe, network, optimizer, None, None, Pace(4, 4, 1, 0.9), TrainOptions("d.yaml", weights="s.pt"), Precision(torch.device("cpu"))
-    )
+    warn_of_regrowth(loop, "s.pt")
     warned = [line for line in capsys.readouterr().out.splitlines() if "grow back" in line]
     assert len(warned) == bool(said) and all(said in line for line in warned)
 

@@ -99,16 +99,21 @@ def _check_epochs(entry: Entry, span: bool) -> None:
         raise entry.error("end_epoch", f"{end:g} is before start_epoch {start:g}")
 
 
+def _span(entry: Entry) -> tuple[float, float]:
+    """Start and end on the recipe's clock; an end of -1: never."""
+    return max(entry.values.get("start_epoch", -1.0), 0.0), entry.values.get("end_epoch", -1.0)
+
+
 def _lasting(entry: Entry) -> None:
     """Refuse what would end as it starts, and so never act."""
-    start, end = max(entry.values.get("start_epoch", -1.0), 0.0), entry.values.get("end_epoch", -1.0)
+    start, end = _span(entry)
     if end >= 0 and end <= start:
         raise entry.error("end_epoch", f"{end:g} is not after start_epoch {start:g}: it would never act")
 
 
 def _trainable(entry: Entry) -> None:
     _lasting(entry)
-    start, end = max(entry.values.get("start_epoch", -1.0), 0.0), entry.values.get("end_epoch", -1.0)
+    start, end = _span(entry)
     if end >= 0 and first_epoch(end) <= first_epoch(start):
         raise entry.error(
             "end_epoch",
@@ -134,7 +139,7 @@ def _scheduler(entry: Entry) -> None:
                 raise entry.error("lr_kwargs", f"{values['lr_class']} needs {name}")
             made[name] = default
     if "milestones" in made:
-        start, end = max(values["start_epoch"], 0.0), values.get("end_epoch", -1.0)
+        start, end = _span(entry)
         if not all(start < m and (end < 0 or m < end) for m in made["milestones"]):
             span = f"after start_epoch {start:g}" if end < 0 else f"between start_epoch {start:g} and end_epoch {end:g}"
             raise entry.error(

@@ -6,13 +6,12 @@ Nothing here trains: schedule, masks, transitions, objective and observers are t
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.loop import Loop
 from engine.objectives import DetectionObjective, read_teacher
@@ -110,36 +109,24 @@ def _with_teacher(options: TrainOptions, recipe: Recipe) -> TrainOptions:
     return options
 
 
-def warn_of_regrowth(state: Mapping[str, Tensor], recipe: Recipe | None, weights: str) -> None:
-    """Say it where a start that is sparse is trained without any pruning modifier. (What those of a recipe leave out, `recipe_seams` says.)"""
-    share = _zeros([v for v in state.values() if v.dim() == 4])
-    if share >= ALREADY_SPARSE and not (recipe and recipe.of(*PRUNING)):
-        LOGGER.warning(
-            f"{weights}: {share:.1%} of its convolution weights are zero, and nothing in this run keeps them so: they will grow back; "
-            "a recipe with a ConstantPruningModifier holds them"
-        )
-
-
-def _warn_of_late_hold(network: Network, pruner: MagnitudePruner, weights: str) -> None:
-    """Say it where layers are sparse at the start, and no modifier holds their zeros from the first batch on.
-
-    A resumed run has no weights yet when this is asked, and so says nothing a second time.
-    """
-    held = pruner.held_from_start
-    trained = {name: network.get_parameter(name) for name in prunable(network) if network.get_parameter(name).requires_grad}
-    loose = [name for name in trained if name not in held]
-    share = _zeros([trained[name] for name in loose])
+def warn_of_regrowth(loop: Loop, weights: str) -> None:
+    """Say it where layers that train are sparse at the start of a run, and nothing holds their zeros from the first batch on."""
+    held = {name for pruner in _pruners(loop) for name in pruner.held_from_start}
+    trained = {name: loop.network.get_parameter(name) for name in prunable(loop.network)}
+    loose = {name: p for name, p in trained.items() if p.requires_grad and name not in held}
+    if not loose:
+        return
+    zeros = int(torch.stack([(p == 0).sum() for p in loose.values()]).sum())  # one wait for the device
+    share = zeros / sum(p.numel() for p in loose.values())
     if share >= ALREADY_SPARSE:
         LOGGER.warning(
-            f"{weights}: {share:.1%} of the weights of {counted(loose)} are zero, and no modifier of the recipe holds them from the start: they will "
-            "grow back; a ConstantPruningModifier without start_epoch holds them"
+            f"{weights}: {share:.1%} of the weights of {counted([*loose])} are zero, and nothing in this run holds them from the start: they will "
+            "grow back; a recipe's ConstantPruningModifier without start_epoch holds them"
         )
 
 
-def _zeros(weights: Sequence[Tensor]) -> float:
-    """The share of zeros in `weights`."""
-    zeros = torch.stack([(v == 0).sum() for v in weights]).sum() if weights else 0  # one wait for the device
-    return int(zeros) / max(sum(v.numel() for v in weights), 1)
+def _pruners(loop: Loop) -> list[MagnitudePruner]:
+    return [mask for mask in loop.seams.masks if isinstance(mask, MagnitudePruner)]
 
 
 @dataclass(frozen=True)
@@ -176,8 +163,6 @@ def recipe_seams(
     """The seams of `recipe`; `native` and `objective` are those of a run without one. Raises `InputError` for what does not fit the network."""
     clock = Clock()
     pruner = MagnitudePruner(recipe.of(*PRUNING), network, pace.epochs, pace.batches) if recipe.of(*PRUNING) else None
-    if pruner is not None:
-        _warn_of_late_hold(network, pruner, options.weights)
     schedule = RecipeSchedule(native, optimizer, recipe, pace.batches, pace.epochs, pace.accumulate, pace.momentum, clock, pruner)
     transitions: list[Transition] = [Phases(recipe, pace.batches, pace.epochs)]
     if recipe.of(TrainableParamsModifier):
@@ -217,6 +202,6 @@ def tell_quantization(recipe: Recipe, network: Network, imgsz: int, batch: int, 
 
 def report_recipe(loop: Loop, measured: Path, others: Sequence[Path], folder: Path) -> None:
     """At the end of a run: the zeros of the checkpoints that were saved, and what to do next with the one that counts, `measured`."""
-    for pruner in (mask for mask in loop.seams.masks if isinstance(mask, MagnitudePruner)):
+    for pruner in _pruners(loop):
         report_sparsity([measured, *others], folder, pruner.ramped or pruner.names, pruner.target if pruner.ramped else None)
     LOGGER.info(f"next: {shlex.join(['python', 'export.py', '--weights', str(measured), '--include', 'onnx'])}")
